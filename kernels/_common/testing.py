@@ -1,0 +1,75 @@
+"""What the tests and benchmarks of all rooms share."""
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+import icf_kernels
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Cases(NamedTuple):
+    """What to try an operator on. `shapes` and the values of `benchmarks` are what `make_inputs` makes of them."""
+
+    make_inputs: Callable  # (shape, dtype, device) -> arguments, the same numbers on every device
+    shapes: list  # the first, a small one, is also differentiated numerically
+    benchmarks: dict
+    dtypes: tuple = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def module(room, name):
+    return importlib.import_module(f"icf_kernels.{room}.{name}")
+
+
+def operators():
+    """The operators of all rooms, as (room, operator)."""
+    rooms = [m.name for m in pkgutil.iter_modules(icf_kernels.__path__) if m.ispkg and not m.name.startswith("_")]
+    return [(room, op) for room in sorted(rooms) for op in module(room, "cases").CASES]
+
+
+def why_not(room, op, backend, args):
+    """Why a backend cannot run these arguments here, '' if it can."""
+    ok, reason = module(room, "ops").CAN_RUN[backend](op, *args)
+    return "" if ok else reason
+
+
+def map_differentiable(change, args):
+    return [change(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+
+
+def require_grad(args):
+    """The arguments anew, what is differentiable of them as leaves, and the list of those leaves."""
+    args = map_differentiable(lambda a: a.detach().requires_grad_(), args)
+    return args, [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+
+
+def results(function, args):
+    outs = function(*args)
+    return outs if isinstance(outs, tuple) else (outs,)
+
+
+def forward_backward(function, args, dtype):
+    """Results and gradients. The incoming gradients are rounded to `dtype`, whatever the arguments' own."""
+    args, leaves = require_grad(args)
+    outs = results(function, args)
+    grads = [torch.arange(o.numel(), device=o.device).cos().view_as(o).to(dtype).to(o) for o in outs]
+    return [*outs, *torch.autograd.grad(outs, leaves, grads)]
+
+
+def assert_as_accurate(actual, plain, exact):
+    """`actual` may be off from `exact`, in float64, twice as far as `plain`, PyTorch in the dtype of `actual`."""
+    for got, same, true in zip(actual, plain, exact, strict=True):
+        assert (got.shape, got.dtype, got.device) == (same.shape, same.dtype, same.device)
+        if got.numel():
+            error, plain_error = (got - true).abs().max(), (same - true).abs().max()
+            assert error <= 2 * plain_error + 8 * torch.finfo(got.dtype).eps * true.abs().max(), (error, plain_error)
+
+
+class Calls(TorchDispatchMode, list):
+    """Collects the calls of our operators, in a forward and its backward, as (operator, arguments)."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "icf":
+            self.append((function, args))
+        return function(*args, **kwargs or {})

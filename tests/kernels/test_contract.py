@@ -1,0 +1,112 @@
+"""Every operator of every room is held to the same contract; a new room is covered without a new test."""
+import shutil
+import subprocess
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from icf_kernels._common.backend import INTERPRET
+from icf_kernels._common.library import kernel
+from icf_kernels._common.testing import (
+    Calls,
+    assert_as_accurate,
+    forward_backward,
+    map_differentiable,
+    module,
+    operators,
+    require_grad,
+    why_not,
+)
+from torch.utils.cpp_extension import include_paths
+
+CSRC = Path(__file__).parents[2] / "csrc"
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may use, by architecture
+TARGETS = [("cpu", "reference"), ("cpu", "cpp"), ("cpu", "triton"), ("cuda", "cuda"), ("cuda", "triton")]
+every_target = pytest.mark.parametrize("device, backend", TARGETS, ids=map("-".join, TARGETS))
+every_operator = pytest.mark.parametrize("room, op", [pytest.param(room, op, id=op) for room, op in operators()])
+every_case = pytest.mark.parametrize("room, op, shape, dtype", [
+    pytest.param(room, op, shape, dtype, id=f"{op}-{'x'.join(map(str, shape))}-{str(dtype)[6:]}")
+    for room, op in operators() for cases in [module(room, "cases").CASES[op]]
+    for shape in cases.shapes for dtype in cases.dtypes])
+
+
+def prepare(room, op, device, backend, dtype, shape=None):
+    """The function on one backend and its arguments; skips where it cannot run, and says why."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    cases = module(room, "cases").CASES[op]
+    args = cases.make_inputs(shape or cases.shapes[0], dtype, device)
+    if reason := why_not(room, op, backend, args):
+        pytest.skip(reason)
+    return partial(getattr(module(room, "api"), op), backend=backend), args
+
+
+@every_target
+@every_case
+def test_forward_and_backward_match_reference(room, op, shape, dtype, device, backend):
+    function, args = prepare(room, op, device, backend, dtype, shape)
+    plain = getattr(module(room, "reference"), op)
+    exact = map_differentiable(torch.Tensor.double, args)
+    assert_as_accurate(*(forward_backward(f, a, dtype) for f, a in [(function, args), (plain, args), (plain, exact)]))
+
+
+@every_target
+@every_operator
+def test_strides_do_not_matter(room, op, device, backend):
+    function, args = prepare(room, op, device, backend, torch.float32)
+    strided = map_differentiable(lambda a: torch.stack([a, a], -1)[..., 0], args)
+    torch.testing.assert_close(*(forward_backward(function, a, torch.float32) for a in (strided, args)))
+
+
+@every_target
+@every_operator
+def test_gradients_by_finite_differences(room, op, device, backend):
+    function, args = prepare(room, op, device, backend, torch.float64)
+    assert torch.autograd.gradcheck(function, require_grad(args)[0])
+    with suppress(NotImplementedError):  # the second derivative is right or refused
+        assert torch.autograd.gradgradcheck(function, require_grad(args)[0])
+
+
+@every_target
+@every_operator
+def test_registration(room, op, device, backend):
+    function, args = prepare(room, op, device, backend, torch.float32)
+    with Calls() as calls:
+        forward_backward(function, args, torch.float32)
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, map_differentiable(torch.Tensor.detach, arguments))
+    if backend != "reference":
+        torch.library.opcheck(kernel(op, backend), require_grad(args)[0])
+
+
+@every_target
+@every_operator
+def test_compiles_without_graph_break(room, op, device, backend):
+    function, args = prepare(room, op, device, backend, torch.float32)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(forward_backward(f, args, torch.float32) for f in (compiled, function)))
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter has taken the kernels' place")
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("room", sorted({r for r, _ in operators() if find_spec(f"icf_kernels.{r}.triton")}))
+def test_triton_compiles_without_gpu(room, arch):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    for function, signature, constants in module(room, "triton").AOT:
+        signature = {**signature, **dict.fromkeys(constants, "constexpr")}
+        source = triton.compiler.ASTSource(fn=function, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+        assert compiled.asm["cubin"] and compiled.metadata.shared <= SHARED_MEMORY[arch]
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.parametrize("source", [pytest.param(s, id=s.stem) for s in sorted(CSRC.glob("*/*_cuda.cu"))])
+def test_cuda_compiles_without_gpu(source, tmp_path):
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in SHARED_MEMORY]
+    macros = ["-DUSE_CUDA", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags = ["-std=c++20", "--expt-relaxed-constexpr", *archs, *macros, *(f"-I{p}" for p in (CSRC, *include_paths()))]
+    subprocess.run(["nvcc", "-c", source, "-o", tmp_path / "out.o", *flags], check=True)
