@@ -1,6 +1,6 @@
 """Every setting of a run, with its default. The command line and the YAML files of `configs/` fill these dataclasses.
 
-Defaults marked *(paper)* are given by the paper, *(COMBO)* are taken from COMBO-AVS on which the paper builds, and *(ours)*
+Defaults marked *(paper)* are given by the paper, *(COMBO)* come from COMBO-AVS, on which the paper builds, and *(ours)*
 fill a gap of the paper; what is not marked follows from the data sets.
 """
 from __future__ import annotations
@@ -136,7 +136,7 @@ class DecoderConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of Eq. 18, all 1 in the paper. `preset: combo` uses COMBO-AVS' terms for matched masks (CE 2, BCE 5, dice 5)."""
+    """Weights of Eq. 18, all 1 in the paper; `preset: combo`: COMBO-AVS' for matched masks (CE 2, BCE 5, dice 5)."""
 
     preset: Literal["paper", "combo"] = "paper"
     bce: float = 1.0
@@ -147,7 +147,7 @@ class LossConfig:
 
 @dataclass
 class ModelConfig:
-    """The network. `classes`: 1 for a single foreground (S4, MS3), else the number of classes with background (AVSS: 71)."""
+    """The network. `classes`: 1 for a single foreground (S4, MS3), else all classes with background (AVSS: 71)."""
 
     classes: int = 1
     visual: VisualConfig = field(default_factory=VisualConfig)
@@ -228,7 +228,8 @@ class Config:
     def check(self) -> None:
         """Raise ValueError, naming the key, where fields contradict one another or are out of range."""
         require = _require
-        require(self.data.size % 32 == 0 and self.data.size > 0, "data.size", "a positive multiple of 32", self.data.size)
+        size = self.data.size
+        require(size > 0 and size % 32 == 0, "data.size", "a positive multiple of 32", size)
         require(self.data.frames >= 1, "data.frames", "at least 1", self.data.frames)
         require(self.model.classes >= 1, "model.classes", "at least 1", self.model.classes)
         require(self.data.subset in get_args(Subset), "data.subset", f"one of {SUBSETS}", self.data.subset)
