@@ -48,7 +48,7 @@ def spectral_sum_eps(cross: Tensor, x_gram: Tensor, y_gram: Tensor, eps: float) 
 
 def entropy(gram: Tensor, count: Tensor, eps: float) -> Tensor:
     """Half the log-determinant of I + G / eps, per degree of freedom; 0 for a single frame."""
-    if eps == 0 or gram.shape[-1] == 0:
+    if eps == 0:
         return gram.new_zeros(gram.shape[:-2])
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     diagonal = torch.linalg.cholesky_ex(gram / eps + eye)[0].diagonal(dim1=-2, dim2=-1)
