@@ -39,7 +39,11 @@ class Clip:
 
 @dataclass
 class Batch:
-    """Clips of equal T, H and W, stacked: every tensor of `Clip` with a leading B."""
+    """Clips of equal T, H and W, stacked: every tensor of `Clip` with a leading B.
+
+    `real` [N] and `labelled` [M] are the places of the frames that exist, and that have a label, among the B*T frames;
+    found while the masks are on the CPU, they tell a model the sizes N and M without waiting for a GPU.
+    """
 
     frames: Tensor
     log_mel: Tensor
@@ -48,6 +52,14 @@ class Batch:
     label_mask: Tensor
     names: list[str]
     categories: list[tuple[str, ...]]
+    real: Tensor | None = None
+    labelled: Tensor | None = None
+
+    def __post_init__(self):
+        if self.real is None:
+            self.real = self.frame_mask.flatten().nonzero()[:, 0]
+        if self.labelled is None:
+            self.labelled = self.label_mask.flatten().nonzero()[:, 0]
 
     def _map(self, function) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("names", "categories")}
