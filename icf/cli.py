@@ -216,3 +216,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print(f"icf {argv[0]}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
