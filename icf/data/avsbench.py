@@ -45,7 +45,7 @@ class Record:
     split: str
     source: str
     frames: tuple[Path, ...]
-    masks: tuple[Path, ...]
+    masks: tuple[Path | None, ...]
     labelled: int
     sound: Path
     log_mel: Path | None = None
@@ -252,27 +252,32 @@ class AVSBench(torch.utils.data.Dataset):
     """
 
     def __init__(self, data: DataConfig, split: str):
-        if data.subset not in FOLDERS:
-            raise ValueError(f"data.subset: expected one of {tuple(FOLDERS)}, got {data.subset!r}")
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
-        if data.audio_source == "pkl" and (data.subset == "avss" or data.audio_timing != "vggish"):
+        if data.audio_source == "pkl" and (data.subset not in ("s4", "ms3") or data.audio_timing != "vggish"):
             raise ValueError("data.audio_source: pkl needs data.subset s4 or ms3, for which such files were published, "
                              f"and data.audio_timing vggish, got {data.subset} and {data.audio_timing}")
         self.data, self.subset, self.split, self.seed = data, data.subset, split, 0
-        self.root = find_root(data.root, data.subset)
-        self.records = [_supervise(record, data.supervision)
-                        for record in read_index(self.root, data.subset) if record.split == split]
+        self.root, records, self.classes = self._find()
+        self.records = [record for record in records if record.split == split]
         if not self.records:
-            raise ValueError(f"{self.root / METADATA[data.subset]}: no clip of split {split!r}")
+            raise ValueError(f"data.root: {self.root} names no clip of split {split!r}")
         self.names = [record.name for record in self.records]
-        self.classes = read_classes(self.root) if data.subset == "avss" else []
         self.augmented = data.augmentation == "combo" and split == "train"
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader processes see it change
         count, side = len(self.records) if data.cache else 0, (data.size, data.size)
         self._log_mels = Memory(count, (data.frames, 1, 96, 64), torch.float32)
         self._frames = Memory(count, (data.frames, 3, *side), torch.uint8)
         self._masks = Memory(count, (data.frames, *side), torch.uint8)
+
+    def _find(self) -> tuple[Path, list[Record], list[str]]:
+        """Where the data lie, the clips of all splits with the labels that are used, and the classes."""
+        data = self.data
+        if data.subset not in FOLDERS:
+            raise ValueError(f"data.subset: expected one of {tuple(FOLDERS)}, got {data.subset!r}")
+        root = find_root(data.root, data.subset)
+        records = [_supervise(record, data.supervision) for record in read_index(root, data.subset)]
+        return root, records, read_classes(root) if data.subset == "avss" else []
 
     def __len__(self) -> int:
         return len(self.records)
@@ -340,6 +345,8 @@ class AVSBench(torch.utils.data.Dataset):
         size = self.data.size
         masks = torch.zeros(self.data.frames, size, size, dtype=torch.uint8)
         for i, path in enumerate(record.masks[:min(record.labelled, self.data.frames)]):
+            if path is None:  # own clips may lack some labels
+                continue
             values = read_label(path)
             mask = semantic_mask(values, len(self.classes), path) if self.classes else binary_mask(values)
             masks[i] = resize_label(mask, size, self._crop)
