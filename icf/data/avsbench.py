@@ -6,6 +6,7 @@ import json
 import mmap
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -295,6 +296,33 @@ class AVSBench(torch.utils.data.Dataset):
         """Choose the random numbers of the augmentation, for loaders that are running as well."""
         self._epoch.fill_(epoch)
 
+    def frame_count(self, index: int) -> int:
+        """Frames of a clip that are not padding."""
+        return min(len(self.records[index].frames), self.data.frames)
+
+    def sounding_classes(self) -> list[frozenset[str]]:
+        """Classes that sound in every clip: S4's category, AVSS' labels (which are read for this), MS3's clips in the
+        metadata of AVSS if that lies beside; empty where they are not known."""
+        if self.subset == "s4":
+            return [frozenset(record.categories) for record in self.records]
+        if self.subset == "avss":
+            with ThreadPoolExecutor() as pool:
+                return list(pool.map(self._labelled_classes, range(len(self))))
+        return self._listed_objects()
+
+    def _labelled_classes(self, index: int) -> frozenset[str]:
+        masks = self._masks.get(index, lambda: self._read_masks(self.records[index]))
+        return frozenset(self.classes[i] for i in masks.unique().tolist() if 0 < i < len(self.classes))
+
+    def _listed_objects(self) -> list[frozenset[str]]:
+        try:
+            rows = read_metadata(find_root(self.root.parent, "avss"), "avss")
+        except FileNotFoundError:
+            rows = []
+        objects = {row["uid"]: frozenset(row["a_obj"].replace("off-the-screen", "").split("_")) - {"", "background"}
+                   for row in rows if row["label"] == "v1m"}
+        return [objects.get(name, frozenset()) for name in self.names]
+
     def frame_path(self, index: int, t: int) -> Path:
         return self.records[index].frames[t]
 
@@ -326,7 +354,7 @@ class AVSBench(torch.utils.data.Dataset):
         else:
             waveform = self.waveform(index)[0] if waveform is None else waveform
             examples = log_mel_examples(waveform, self.data.audio_timing)
-        real = min(len(record.frames), self.data.frames)
+        real = self.frame_count(index)
         examples = fit_examples(examples, real, "zero" if self.subset == "avss" else "repeat")
         return fit_examples(examples, self.data.frames, "zero")
 
