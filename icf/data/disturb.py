@@ -120,7 +120,7 @@ class Disturbed(torch.utils.data.Dataset):
         """For every clip another one with which it shares no class, or as few as possible."""
         classes = getattr(self.dataset, "sounding_classes", list)()
         if not any(classes):
-            warnings.warn(f"offscreen: the classes of {self.dataset.subset}'s clips are not known here, so any other clip's "
+            warnings.warn(f"offscreen: the classes of {self.dataset.subset}'s clips are not known, so any other clip's "
                           "sound is taken; the AVSS metadata beside the data would tell them", stacklevel=3)
             classes = [frozenset()] * len(self.dataset)
         names = sorted(frozenset().union(*classes))
