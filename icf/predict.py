@@ -23,7 +23,7 @@ from . import __version__
 from .config import Config
 from .data import Clip, collate
 from .data.audio import RATE, log_mel_examples
-from .data.avsbench import class_palette
+from .data.avsbench import class_palette, find_root, read_classes
 from .data.folder import FrameFolder, open_frames
 from .data.transforms import resize_frame
 from .data.video import Video, open_video, read_sound, write_video
@@ -70,7 +70,8 @@ def predict(
         overlap: seconds that neighbouring windows share; their probabilities are averaged.
         batch: windows per step of the model.
         progress: show progress bars on stderr.
-        classes: names of the classes from index 0 (background) on, for the record and the contact sheet.
+        classes: names of the classes from index 0 (background) on, for the record and the contact sheet; None for those
+            of the data at `cfg.data.root`, or numbers where that is missing.
 
     Returns:
         What is written to `predictions.json`.
@@ -222,9 +223,15 @@ def _enlarge(score: Tensor, height: int, width: int) -> Tensor:
 
 
 def _class_names(cfg: Config) -> list[str]:
+    """Names from the data that the model was made for, where they are at hand, else numbers."""
     if cfg.model.classes == 1:
         return ["background", "sounding"]
-    return ["background", *(f"class {index}" for index in range(1, cfg.model.classes))]
+    try:
+        names = read_classes(find_root(cfg.data.root, "avss") if cfg.data.subset == "avss" else Path(cfg.data.root))
+    except (FileNotFoundError, ValueError):
+        names = []
+    return names if len(names) == cfg.model.classes else [
+        "background", *(f"class {index}" for index in range(1, cfg.model.classes))]
 
 
 def _save_mask(path: Path, mask: np.ndarray, palette: np.ndarray, binary: bool) -> None:

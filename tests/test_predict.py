@@ -160,6 +160,12 @@ def test_classes_are_written_as_indices_with_the_palette_of_the_benchmark(tmp_pa
         found, = row["classes"]
         assert (found["index"], found["name"], found["area"]) == (index, names[index], 1 / 16)
         assert 0.8 < found["score"] <= 1
+    cfg = config(classes=7)
+    cfg.data.root, cfg.data.subset = tmp_path, "avss"
+    assert predict(Bright(7), cfg, source, out, progress=False)["classes"][1:3] == ["class 1", "class 2"]
+    (tmp_path / "metadata.csv").write_text("vid, uid, s_min, s_sec, a_obj, split, label\n")
+    (tmp_path / "label2idx.json").write_text(json.dumps({name: index for index, name in enumerate(names)}))
+    assert predict(Bright(7), cfg, source, out, progress=False)["classes"] == names
     with pytest.raises(ValueError, match="classes: expected 7 names with background, got 2"):
         predict(Bright(7), config(classes=7), source, out, progress=False, classes=["background", "cat"])
 

@@ -19,6 +19,7 @@ from av.stream import Disposition
 
 SOUND_RATE = 16000
 SOUND_JUMP = Fraction(1, 20)  # seconds between two pieces of sound from which the time stamps are believed: a gap
+COLOURS = {1: "ITU709", 4: "FCC", 7: "SMPTE240M"}  # by FFmpeg's number, which PyAV before 17 overlooks in a frame
 COPIED_SOUND = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac"}  # what players accept inside an mp4
 
 
@@ -247,7 +248,9 @@ def _time(frame) -> Fraction | None:
 def _upright(frame: av.VideoFrame, size: tuple[int, int] | None = None) -> np.ndarray:
     """[height, width, 3] uint8 RGB, turned as the file asks."""
     width, height = size or (frame.width, frame.height)
-    image = frame.to_ndarray(format="rgb24", width=width, height=height)
+    known = COLOURS.get(frame.colorspace)
+    colours = {"src_colorspace": known, "dst_colorspace": "DEFAULT"} if known else {}
+    image = frame.to_ndarray(format="rgb24", width=width, height=height, **colours)
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
 
 
