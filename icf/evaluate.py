@@ -35,6 +35,7 @@ from .data.avsbench import binary_mask, class_palette, read_label, semantic_mask
 from .data.disturb import Disturbed
 from .data.toy import MANIFEST
 from .data.transforms import resize_label
+from .masks import class_map, foreground
 from .metrics import (
     FalsePositives,
     FScore,
@@ -42,9 +43,7 @@ from .metrics import (
     MeanChange,
     PixelScores,
     SemanticScores,
-    class_map,
     combined_score,
-    foreground,
 )
 from .report import Sample, score_tables, write_report
 

@@ -27,7 +27,7 @@ from .data.avsbench import class_palette, find_root, read_classes
 from .data.folder import FrameFolder, open_frames
 from .data.transforms import resize_frame
 from .data.video import Video, open_video, read_sound, write_video
-from .metrics import class_map
+from .masks import class_map
 
 RECORD = "predictions.json"
 OUTPUTS = ("masks", "overlay.mp4", "contact_sheet.png", RECORD)  # the record last: it marks a finished prediction

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icf.masks import class_map
 from icf.metrics import (
     THRESHOLDS,
     FalsePositives,
@@ -14,7 +15,6 @@ from icf.metrics import (
     MeanChange,
     PixelScores,
     SemanticScores,
-    class_map,
     combined_score,
     count_classes,
     f_curves,
