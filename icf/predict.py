@@ -69,7 +69,7 @@ def predict(
         silent_ok: take a source without sound track as silent.
         overlap: seconds that neighbouring windows share; their probabilities are averaged.
         batch: windows per step of the model.
-        progress: show progress bars on stderr.
+        progress: show progress bars on stderr, and in the end say where the results are.
         classes: names of the classes from index 0 (background) on, for the record and the contact sheet; None for those
             of the data at `cfg.data.root`, or numbers where that is missing.
 
@@ -118,6 +118,8 @@ def predict(
                   "sound": material.sound is not None, "window": window, "overlap": overlap, "threshold": threshold,
                   "classes": names, "seconds": rows}
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if progress:
+        print(f"{out}: {', '.join(OUTPUTS)} ({len(rows)} s)")
     return record
 
 

@@ -19,7 +19,7 @@ from av.stream import Disposition
 
 SOUND_RATE = 16000
 SOUND_JUMP = Fraction(1, 20)  # seconds between two pieces of sound from which the time stamps are believed: a gap
-COLOURS = {1: "ITU709", 4: "FCC", 7: "SMPTE240M"}  # by FFmpeg's number, which PyAV before 17 overlooks in a frame
+COLOURS = {1: "ITU709", 4: "FCC", 7: "SMPTE240M"}  # by FFmpeg's number, which older PyAV overlook
 COPIED_SOUND = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac"}  # what players accept inside an mp4
 
 

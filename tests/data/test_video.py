@@ -76,6 +76,14 @@ def test_one_picture_a_second_and_the_last_half(tmp_path, seconds, expected):
     assert video.duration == pytest.approx(seconds) and video.frame_rate == 10
 
 
+def test_a_picture_is_on_show_from_its_own_time_on(tmp_path):
+    """At 16 pictures a second one comes exactly at 15/16 s."""
+    frames = [(Fraction(i, 16), np.full((48, 64, 3), 5 * i, np.uint8)) for i in range(32)]
+    write_video(tmp_path / "a.mp4", frames, Fraction(16), Fraction(1, 16))
+    sampled = open_video(tmp_path / "a.mp4", silent_ok=True).sampled()
+    assert [time for time, _ in sampled] == [Fraction(15, 16), Fraction(31, 16)]
+
+
 def test_rate_and_place_of_sampling_can_be_chosen(tmp_path):
     video = open_video(make_video(tmp_path / "a.mp4", 2))
     assert levels(video.sampled(fps=2, offset=0.5)) == [2, 7, 12, 17]
