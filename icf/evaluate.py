@@ -119,7 +119,8 @@ def evaluate_masks(masks: Path, cfg: Config, split: str, out: Path, progress: bo
     """
     dataset = build_dataset(cfg.data, split)
     predict = saved_predictor(Path(masks), len(dataset.classes), cfg.data.size)
-    return _evaluate(predict, dataset, cfg, Path(out), "cpu", {"masks": str(masks)}, progress=progress, report=report)
+    notes = {"masks": str(masks), "F": "of 0/1 maps"}
+    return _evaluate(predict, dataset, cfg, Path(out), "cpu", notes, progress=progress, report=report)
 
 
 @torch.no_grad()

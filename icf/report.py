@@ -294,7 +294,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def write_report(out: Path, results: dict, samples: Sequence[Sample], classes: Sequence[str] = (),
                  history: dict | None = None) -> Path:
-    """Write `report.html`, `overlays.png` (a contact sheet of the samples) and, with a history, `curves.png`.
+    """Write `report.html`, `overlays.jpg` (a contact sheet of the samples) and, with a history, `curves.png`.
 
     Args:
         results: what `icf.evaluate.evaluate` returns.
@@ -309,7 +309,7 @@ def write_report(out: Path, results: dict, samples: Sequence[Sample], classes: S
         write_atomic(out / "curves.png", lambda path: path.write_bytes(plot))
     if samples:
         sheet = contact_sheet(samples, classes)
-        write_atomic(out / "overlays.png", partial(sheet.save, format="PNG", optimize=True))
+        write_atomic(out / "overlays.jpg", partial(sheet.save, format="JPEG", quality=90))
     html = page(results, samples, classes, plot)
     write_atomic(out / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
     return out / "report.html"
