@@ -162,7 +162,7 @@ def class_palette(classes: int) -> np.ndarray:
 
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image]:
-    """An opened picture, decoded when its pixels are used. Raises FileNotFoundError, or ValueError for a broken file."""
+    """An opened picture, decoded when its pixels are used. Raises FileNotFoundError, or ValueError for a broken one."""
     try:
         with Image.open(path) as image:
             yield image
