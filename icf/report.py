@@ -73,20 +73,20 @@ def score_sections(results: dict) -> list[tuple[str, str, list[tuple[str, str, f
     if "combined" in results:
         sections[1][2].append(("combined", "J strict, mean over true sound, silence, noise and off-screen sound",
                                results["combined"], ""))
-    pixels = scores["pixels"]
+    pixels = [(*key.partition("/")[::2], value) for key, value in scores["pixels"].items()]
     sections.append(("All pixels together", "One confusion matrix, far above means over frames and not comparable.",
-                     [(key.partition("/")[0], key.partition("/")[2], value, "CAVP" if key == "mIoU/zero" else "")
-                      for key, value in pixels.items()]))
+                     [(score, PIXELS.get(mode, ""), value, "CAVP" if (score, mode) == ("mIoU", "zero") else "")
+                      for score, mode, value in pixels]))
     return sections
 
 
 def _binary_rows(j: dict, f: dict) -> tuple[list, list]:
     who = {"batch:4": "AVSBench", "batch:2": "AVSegFormer", "per_video": "COMBO", "dataset": ""}
-    public = [("J", "empty frames: share of background", j["background/frame"], "AVSBench, AVSegFormer, COMBO"),
-              *(("F", f"{group}; group without object: zero", f[f"{group}/zero"], name) for group, name in who.items())]
-    strict = [*(("F", f"{group}; group without object: skip", f[f"{group}/skip"], "") for group in who),
+    public = [("J", "empty frames: background share", j["background/frame"], "AVSBench, AVSegFormer, COMBO"),
+              *(("F", f"{group}; empty groups: zero", f[f"{group}/zero"], name) for group, name in who.items())]
+    strict = [*(("F", f"{group}; empty groups: skip", f[f"{group}/skip"], "") for group in who),
               ("J", "empty frames: strict", j["strict/frame"], ""), ("J", "empty frames: skip", j["skip/frame"], ""),
-              ("J", "empty frames: share of background; mean of batch:4", j["background/batch:4"], ""),
+              ("J", "empty frames: background share; mean of batch:4", j["background/batch:4"], ""),
               ("FPR", "frames without foreground", j["false_positive/empty"], "")]
     return public, strict
 
@@ -435,6 +435,7 @@ def _jpeg(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+PIXELS = {"zero": "absent classes: zero", "seen": "absent classes: skip", "foreground": "without background"}
 WORDS = {"all": "all classes", "seen": "classes that occur", "real": "real frames", "padded": "padding too",
          "include": "with background", "exclude": "without background", "public": "without the last class (sic)"}
 NEGATIVES = ("The frames stay, the sound is exchanged. Under silence, noise and off-screen sound every predicted pixel "
