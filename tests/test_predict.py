@@ -62,10 +62,11 @@ def noise(loud):
     return sound * np.repeat(np.asarray(loud, float), RATE)
 
 
-def make_video(path, seconds, fps=4, loud=None, height=64, width=64):
-    """An mp4 by `write_video`; its picture changes with every second."""
+def make_video(path, seconds, fps=4, loud=None, height=64, width=64, longer=0):
+    """An mp4 by `write_video`; its picture changes with every second, its sound is `longer` seconds longer."""
     wav = path.with_suffix(".wav")
-    soundfile.write(wav, noise(loud or [True] * round(seconds + 0.5))[:round(seconds * RATE)], RATE)
+    length = seconds + longer
+    soundfile.write(wav, noise(loud or [True] * round(length + 0.5))[:round(length * RATE)], RATE)
     frames = ((Fraction(i, fps), picture(i // fps, height, width)) for i in range(round(seconds * fps)))
     write_video(path, frames, Fraction(fps), Fraction(1, 1000), wav)
     wav.unlink()
@@ -105,7 +106,7 @@ def test_every_second_gets_its_mask(tmp_path, overlap, batch):
 
 def test_the_last_window_is_completed_by_its_last_picture_and_silence(tmp_path):
     model = Bright()
-    record = predict(model, config(), make_video(tmp_path / "a.mp4", 7), tmp_path / "out", progress=False)
+    record = predict(model, config(), make_video(tmp_path / "a.mp4", 7, longer=3), tmp_path / "out", progress=False)
     first, last = model.seen
     assert len(record["seconds"]) == 7 and first.frames.shape == last.frames.shape == (1, 5, 3, 64, 64)
     assert (last.frames[0, 2:] == last.frames[0, 1]).all() and (last.frames[0, 0] != last.frames[0, 1]).any()

@@ -177,7 +177,7 @@ def write_video(
                     container.mux(packet)
                     packet = next(source, None)
                 container.mux(_encoded(picture, time, image))
-            container.mux(_finished(picture))
+            container.mux(picture.encode(None))
             container.mux([] if packet is None else [packet])
             for packet in source:
                 container.mux(packet)
@@ -275,18 +275,7 @@ def _encoded(stream, time: Fraction, image: np.ndarray) -> list[av.Packet]:
     frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
     frame.time_base = stream.codec_context.time_base
     frame.pts = round(time / frame.time_base)
-    return _timed(stream, stream.encode(frame))
-
-
-def _finished(stream) -> list[av.Packet]:
-    return _timed(stream, stream.encode(None))
-
-
-def _timed(stream, packets: list[av.Packet]) -> list[av.Packet]:
-    """Give packets a duration, from which the length of the last picture is taken."""
-    for packet in packets:
-        packet.duration = packet.duration or round(1 / (stream.average_rate * packet.time_base))
-    return packets
+    return stream.encode(frame)
 
 
 def _sound_packets(container, path: Path, start: Fraction) -> Iterator[av.Packet]:
