@@ -20,7 +20,7 @@ from av.stream import Disposition
 SOUND_RATE = 16000
 SOUND_JUMP = Fraction(1, 20)  # seconds between two pieces of sound from which the time stamps are believed: a gap
 COLOURS = {1: "ITU709", 4: "FCC", 7: "SMPTE240M"}  # by FFmpeg's number, which older PyAV overlook
-COPIED_SOUND = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac"}  # what players accept inside an mp4
+COPIED_SOUND = {"aac", "mp3", "mp3float", "ac3", "eac3", "opus", "flac", "alac"}  # what players accept inside an mp4
 
 
 @dataclass(frozen=True)
@@ -284,18 +284,20 @@ def _sound_packets(container, path: Path, start: Fraction) -> Iterator[av.Packet
         if not source.streams.audio:
             raise ValueError(f"{path}: no sound track")
         track = source.streams.audio[0]
-        shift = round(start / track.time_base)
         if track.codec_context.name in COPIED_SOUND:
             target = container.add_stream_from_template(track)
+            shift = round(start / track.time_base)
             for packet in source.demux(track):
                 if packet.dts is not None:
-                    packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, target
+                    packet.pts = (packet.dts if packet.pts is None else packet.pts) - shift
+                    packet.dts, packet.stream = packet.dts - shift, target
                     yield packet
             return
         layout = "mono" if track.channels == 1 else "stereo"
         target = container.add_stream("aac", rate=min(track.rate, 48000), layout=layout)
         for frame in source.decode(track):
             if frame.pts is not None:
-                frame.pts -= shift
+                frame.pts = round((_time(frame) - start) * frame.sample_rate)
+                frame.time_base = Fraction(1, frame.sample_rate)
             yield from target.encode(frame)
         yield from target.encode(None)

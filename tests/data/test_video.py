@@ -155,7 +155,8 @@ def test_a_wav_reads_as_it_is(tmp_path):
 @pytest.mark.parametrize("name, coding, kept", [
     ("a.mp4", {}, "aac"), ("a.mkv", {"sound": "libopus", "rate": 48000, "delay": 0.4}, "opus"),
     ("a.mov", {"sound": "pcm_s16le", "delay": 0.4}, "aac"), ("b.mp4", {"times": [0, 0.1, 0.7, 1.3, 2.9]}, "aac"),
-    ("c.mp4", {"sound": None}, None), ("late.mkv", {"times": np.arange(7, 30) / 10}, "aac"),
+    ("c.mp4", {"sound": None}, None), ("a.avi", {"sound": "libmp3lame", "codec": "mpeg4"}, "mp3float"),
+    ("b.avi", {"sound": "adpcm_ms", "codec": "mpeg4"}, "aac"), ("late.mkv", {"times": np.arange(7, 30) / 10}, "aac"),
     ("late.mov", {"times": np.arange(7, 30) / 10, "sound": "pcm_s16le"}, "aac")])
 def test_writing_keeps_all_pictures_times_and_sound(tmp_path, name, coding, kept):
     source = open_video(make_video(tmp_path / name, **coding), silent_ok=True)
