@@ -13,7 +13,7 @@ def toy_root(tmp_path_factory):
     """All three subsets, small; not to be written to."""
     root = tmp_path_factory.mktemp("toy")
     toy.generate(root, "tiny", seed=SEED, subsets=("s4", "ms3"), clips=(5, 4, 6), workers=1, progress=False)
-    toy.generate(root, "tiny", seed=SEED, subsets=("avss",), clips=(12, 12, 12), workers=1, progress=False)
+    toy.generate(root, "tiny", seed=SEED, subsets=("avss",), clips=(6, 6, 6), workers=1, progress=False)
     return root
 
 

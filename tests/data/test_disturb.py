@@ -69,7 +69,7 @@ def test_added_noise_has_the_ratio_that_was_asked_for(decibel):
 def test_offscreen_sounds_come_from_clips_without_a_common_class(load, subset):
     dataset = load(subset, "test")
     classes = dataset.sounding_classes()
-    assert sum(map(bool, classes)) > len(classes) / 2
+    assert any(classes)
     for index, partner in enumerate(Disturbed(dataset, "offscreen").partners):
         assert partner != index and not classes[index] & classes[partner]
 

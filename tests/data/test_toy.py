@@ -49,7 +49,7 @@ def test_avss_shows_the_clips_of_s4_and_ms3(toy_root):
     again = {clip["name"].removesuffix("_0_5000"): clip["sha256"]["sound"]
              for clip in toy.load_manifest(toy_root, "avss")["clips"] if clip["label"] != "v2"}
     common = drawn.keys() & again.keys()
-    assert len(common) >= 20 and all(drawn[name] == again[name] for name in common)
+    assert len(common) >= 10 and all(drawn[name] == again[name] for name in common)
 
 
 @pytest.mark.parametrize("split, settings, expected", [
@@ -164,7 +164,7 @@ def test_quirks_are_there(toy_root):
             [(76960, 1, 16000), (80000, 2, 16000), (220500, 1, 44100)]
     masks = sorted((toy_root / "Multi-sources/ms3_data/gt_masks").rglob("*_1.png"))
     assert {Image.open(path).mode for path in masks} == {"L", "P"}
-    assert len(list(toy_root.rglob(".DS_Store"))) >= 9
+    assert len(list(toy_root.rglob(".DS_Store"))) == 6
     assert "off-the-screen" in (toy_root / "AVSBench_semantic/metadata.csv").read_text()
     assert len(list(toy_root.glob("Single-source/s4_data/gt_masks/train/*/*/*.png"))) == 5
 
