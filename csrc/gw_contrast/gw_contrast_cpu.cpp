@@ -250,7 +250,7 @@ ICF_MATH void pairs_body(const Pairs<T>& pairs, int64_t begin, int64_t end) {
   using V = typename Vector<T, BYTES>::type;
   const int rows = std::max(pairs.m, pairs.n), cols = std::min(pairs.m, pairs.n);
   if (cols == 0) return;
-  const std::unique_ptr<V[]> a(new V[rows * cols]), v(new V[cols * cols]), norm(new V[2 * cols]);
+  const std::unique_ptr<V[]> a(new V[rows * cols]), v(new V[cols * cols]), norm(new V[2 * cols + 1]);
   for (int64_t first = begin; first < end; first += gw::kLanes<V>) {
     if (rows == 4 && cols == 4) {
       one_vector<4, 4, V>(pairs, first, end, a.get(), v.get(), norm.get());

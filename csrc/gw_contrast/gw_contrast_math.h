@@ -132,12 +132,13 @@ ICF_MATH void rotate(V& x, V& y, const V& cosine, const V& sine) {
 }
 
 // One-sided Jacobi: turns the columns of a, `cols` columns of `rows` each, into singular values times left singular
-// vectors, and those of v into right singular vectors. ROWS and COLS, if not 0, are known when compiled.
+// vectors, and those of v into right singular vectors; squared singular values in norm. ROWS and COLS, if not 0, are known when compiled.
 template <int ROWS, int COLS, typename V>
 ICF_MATH void jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
   if (ROWS) rows = ROWS;
   if (COLS) cols = COLS;
   const int players = cols + cols % 2;
+  V *const cosines = norm + cols, *const sines = cosines + players / 2;
   ICF_UNROLL
   for (int i = 0; i < cols * cols; ++i) v[i] = V{} + lane_t<V>(i % (cols + 1) == 0);
   for (int sweep = 0; sweep < kSweeps<V>; ++sweep) {
@@ -150,24 +151,32 @@ ICF_MATH void jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
     bool active = false;
     ICF_UNROLL
     for (int round = 0; round < players - 1; ++round) {
+      decltype(*norm < *norm) turning{};  // all angles of a round first: their long latencies overlap
       ICF_UNROLL
       for (int table = 0; table < players / 2; ++table) {
         int p, q;
         tournament_pair(round, table, players, p, q);
         if (q >= cols) continue;  // an odd number of columns leaves one out
-        V g = V{}, tangent, cosine;
+        V g = V{};
         ICF_UNROLL
         for (int r = 0; r < rows; ++r) g += a[p * rows + r] * a[q * rows + r];
-        if (!any(rotation<V>(norm[p], norm[q], g, tangent, cosine))) continue;
-        active = true;
-        const V sine = cosine * tangent;
-        norm[p] -= tangent * g;
-        norm[q] += tangent * g;
+        turning |= rotation<V>(norm[p], norm[q], g, sines[table], cosines[table]);
+        norm[p] -= sines[table] * g;
+        norm[q] += sines[table] * g;
+        sines[table] *= cosines[table];
+      }
+      if (!any(turning)) continue;
+      active = true;
+      ICF_UNROLL
+      for (int table = 0; table < players / 2; ++table) {
+        int p, q;
+        tournament_pair(round, table, players, p, q);
+        if (q >= cols) continue;
         ICF_UNROLL
-        for (int r = 0; r < rows; ++r) rotate<V>(a[p * rows + r], a[q * rows + r], cosine, sine);
+        for (int r = 0; r < rows; ++r) rotate<V>(a[p * rows + r], a[q * rows + r], cosines[table], sines[table]);
         if (!with_v) continue;
         ICF_UNROLL
-        for (int r = 0; r < cols; ++r) rotate<V>(v[p * cols + r], v[q * cols + r], cosine, sine);
+        for (int r = 0; r < cols; ++r) rotate<V>(v[p * cols + r], v[q * cols + r], cosines[table], sines[table]);
       }
     }
     if (!active) break;
@@ -197,7 +206,7 @@ ICF_MATH void spectral_term(Spectral spectral, const V& square, const V& rank_cu
 }
 
 // The sum of f over the singular values of a, and, in a, U diag(f') V^T. `poison` is 0, or NaN to mark the result.
-// Scratch: cols x cols in v, 2 cols in norm.
+// Scratch: cols x cols in v, 2 cols + 1 in norm.
 template <int ROWS, int COLS, typename V>
 ICF_MATH V spectral_sum(V* a, V* v, V* norm, int rows, int cols, bool polar, Spectral spectral, lane_t<V> regularization,
                         const V& poison) {

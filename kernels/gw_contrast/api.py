@@ -195,9 +195,9 @@ def _logits(distance, tau, sign):
     return distance / (tau if sign == "paper" else -tau)
 
 
-def _row_losses(logits, positives, ignored):
+def _row_losses(logits, positives, ignored=None):
     """-log of the share of the positives in each row; exactly 0 in a row without negatives."""
-    every = logits if ignored is None else logits.masked_fill(ignored & ~positives, -math.inf)
+    every = logits if ignored is None else logits.masked_fill(ignored, -math.inf)
     return torch.logsumexp(every, -1) - torch.logsumexp(every.masked_fill(~positives, -math.inf), -1)
 
 
@@ -255,8 +255,8 @@ def gw_contrast(x: Tensor, y: Tensor, positives: Tensor | str = "diag", *, ignor
     eps = eps if entropy != "none" and gamma else 0.0
     options = spectral, regularization, eps, backend
 
-    def losses(x, y, x_mask, y_mask, positives, ignored):
-        """Row and column losses, and the entropies of x and y."""
+    def compare(x, y, x_mask, y_mask):
+        """Logits [Bx, By] and the entropies of x and y."""
         distance, x_entropy, y_entropy = (
             z[0] for z in _distances(*(None if z is None else z[None] for z in (x, y, x_mask, y_mask)), *options))
         if entropy == "in_distance" and eps:
@@ -264,14 +264,14 @@ def gw_contrast(x: Tensor, y: Tensor, positives: Tensor | str = "diag", *, ignor
         return _logits(distance, tau, sign), x_entropy, y_entropy
 
     own = slice(rank * B, rank * B + B)
-    all_y, all_y_mask = _gather(y, group), _gather(y_mask, group)
-    logits, x_entropy, y_entropy = losses(x, all_y, x_mask, all_y_mask, positives, ignored)
-    loss = _row_losses(logits, positives[own], None if ignored is None else ignored[own]).mean()
+    masks = [positives] if ignored is None else [positives, ignored & ~positives]
+    logits, x_entropy, y_entropy = compare(x, _gather(y, group), x_mask, _gather(y_mask, group))  # [B, total]
+    rows = [mask[own] for mask in masks]
     if symmetric:
-        if group is not None:
-            logits = losses(_gather(x, group), y, _gather(x_mask, group), y_mask, positives, ignored)[0]
-        columns = None if ignored is None else ignored[:, own].mT
-        loss = (loss + _row_losses(logits.mT, positives[:, own].mT, columns).mean()) / 2
+        columns = logits if group is None else compare(_gather(x, group), y, _gather(x_mask, group), y_mask)[0]
+        logits = torch.cat([logits, columns.mT])  # [2 B, total]
+        rows = [torch.cat([mask, mask_of_all[:, own].mT]) for mask, mask_of_all in zip(rows, masks, strict=True)]
+    loss = _row_losses(logits, *rows).mean()
     if entropy == "regularizer" and eps:
         loss = loss + gamma * (x_entropy.mean() + y_entropy.mean()) / 2
     if group is None:
