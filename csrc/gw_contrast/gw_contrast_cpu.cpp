@@ -126,8 +126,8 @@ struct Incoming {
   int64_t others, own_stride, other_stride;  // of grad within a group
 };
 
-template <typename T>
-ICF_SIMD void frames_range(const Side& side, const Incoming<T>& in, T* grad_frames, int64_t begin, int64_t end) {
+template <typename F, typename T>
+ICF_SIMD void frames_range(const Side& side, const Incoming<T>& in, F* grad_frames, int64_t begin, int64_t end) {
   const int64_t d = side.d, m = side.rows(), stride = side.row_stride();
   std::vector<T> grad_mean(d), later(d), row(d);
   for (int64_t s = begin; s < end; ++s) {
@@ -148,15 +148,17 @@ ICF_SIMD void frames_range(const Side& side, const Incoming<T>& in, T* grad_fram
     }
     T before = T(side.count(s));
     for (int64_t t = side.T - 1; t >= 0; --t) {
-      T* const out = grad_frames + (s * side.T + t) * d;
+      F* const out = grad_frames + (s * side.T + t) * d;
       if (!side.valid(s, t)) {
-        std::fill(out, out + d, T(0));
+        std::fill(out, out + d, F(0));
         continue;
       }
       before -= 1;
+      if (before == 0) {
 #pragma omp simd
-      for (int64_t c = 0; c < d; ++c) out[c] = later[c] + grad_mean[c] / count;
-      if (before == 0) continue;
+        for (int64_t c = 0; c < d; ++c) out[c] = F(later[c] + grad_mean[c] / count);
+        continue;
+      }
       const int64_t at = side.factor_at(s) + (t - 1) * stride;
 #pragma omp simd
       for (int64_t c = 0; c < d; ++c) row[c] = in.grad_factor[at + c] + total * in.factor[at + c];
@@ -169,7 +171,7 @@ ICF_SIMD void frames_range(const Side& side, const Incoming<T>& in, T* grad_fram
       const T scale = gw::row_scale<T>(before, count);
 #pragma omp simd
       for (int64_t c = 0; c < d; ++c) {
-        out[c] -= before * scale * row[c];
+        out[c] = F(later[c] + grad_mean[c] / count - before * scale * row[c]);
         later[c] += scale * row[c];
       }
     }
@@ -394,13 +396,12 @@ Forward forward(const Tensor& x, const Tensor& y, const OptionalTensor& x_mask, 
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_entropy, const Tensor& grad_y_entropy,
-                                    const Tensor& x_mean, const Tensor& y_mean, const Tensor& x_factor,
+                                    const Tensor& x, const Tensor& y, const Tensor& x_mean, const Tensor& y_mean, const Tensor& x_factor,
                                     const Tensor& y_factor, const Tensor& x_inverse, const Tensor& y_inverse,
                                     const Tensor& polar, const OptionalTensor& x_mask, const OptionalTensor& y_mask) {
   const int64_t N = x_factor.size(0), Bx = x_factor.size(1), m = x_factor.size(2), d = x_factor.size(3);
   const int64_t n = y_factor.size(1), By = y_factor.size(2);
-  Tensor grad_x = torch::stable::new_empty(x_factor, {N, Bx, m + 1, d});
-  Tensor grad_y = torch::stable::new_empty(y_factor, {N, By, n + 1, d});
+  Tensor grad_x = torch::stable::empty_like(x), grad_y = torch::stable::empty_like(y);
   Tensor grad_x_factor = torch::stable::new_zeros(x_factor, {N, Bx, m, d});
   Tensor grad_y_factor = torch::stable::new_zeros(y_factor, {N, n * By, d});
   const Side xs = side_of(grad_x, x_mask, false), ys = side_of(grad_y, y_mask, true);
@@ -408,14 +409,16 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_ent
     STD_TORCH_CHECK(t->is_contiguous() && t->scalar_type() == x_factor.scalar_type(),
                     "gaussian_w2_backward takes contiguous tensors of one dtype");
   }
-  STD_TORCH_CHECK(grad.numel() == N * Bx * By && grad_x_entropy.numel() == N * Bx && grad_y_entropy.numel() == N * By &&
+  STD_TORCH_CHECK(x.numel() == N * Bx * (m + 1) * d && y.numel() == N * By * (n + 1) * d &&
+                  x.scalar_type() == y.scalar_type() && grad.numel() == N * Bx * By && grad_x_entropy.numel() == N * Bx && grad_y_entropy.numel() == N * By &&
                   x_mean.numel() == N * Bx * d && y_mean.numel() == N * By * d && y_factor.numel() == N * n * By * d &&
                   polar.numel() == N * Bx * m * n * By, "gaussian_w2_backward: shapes do not belong together");
   STD_TORCH_CHECK(x_inverse.dim() == 1 || (x_inverse.numel() == N * Bx * m * m && y_inverse.numel() == N * By * n * n),
                   "gaussian_w2_backward: shapes do not belong together");
 
-  dispatch_floating(x_factor.scalar_type(), "gaussian_w2_backward", [&](auto zero) {
-    using T = acc_t<decltype(zero)>;
+  dispatch_floating(x.scalar_type(), "gaussian_w2_backward", [&](auto zero) {
+    using F = decltype(zero);
+    using T = acc_t<F>;
     const auto data = [](const Tensor& t) { return t.const_data_ptr<T>(); };
     if (polar.numel() > 0) {
       const Tensor rows_of_y = torch::stable::view(y_factor, {N, n * By, d});
@@ -433,7 +436,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_ent
     }
     const auto frames = [&](const Side& side, const Incoming<T>& in, Tensor& out) {
       torch::stable::parallel_for(0, side.samples(), 4, [&](int64_t begin, int64_t end) {
-        frames_range(side, in, out.mutable_data_ptr<T>(), begin, end);
+        frames_range(side, in, out.mutable_data_ptr<F>(), begin, end);
       });
     };
     const bool with_entropy = x_inverse.dim() != 1;

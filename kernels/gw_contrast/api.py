@@ -35,9 +35,9 @@ def gaussian_w2(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tens
         Distances ``[N, Bx, By]`` and, per degree of freedom, entropies ``[N, Bx]`` and ``[N, By]``, in float32 or
         float64. Differentiable in ``x`` and ``y``, once; the reference any number of times.
     """
-    if x.ndim != 4 or y.ndim != 4 or x.shape[0] != y.shape[0] or x.shape[3] != y.shape[3] or not x.shape[2] * y.shape[2]:
-        raise ValueError("gaussian_w2: x and y must be [N, Bx, Tx, d] and [N, By, Ty, d] with N and d alike and at least "
-                         f"one frame each, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if x.ndim != 4 or y.ndim != 4 or x.shape[::3] != y.shape[::3] or 0 in (x.shape[2], y.shape[2]):
+        raise ValueError("gaussian_w2: x and y must be [N, Bx, Tx, d] and [N, By, Ty, d] with N and d alike and at "
+                         f"least one frame each, got {tuple(x.shape)} and {tuple(y.shape)}")
     if not x.is_floating_point() or not y.is_floating_point() or x.device != y.device:
         raise ValueError("gaussian_w2: x and y must be floating point and on one device, got "
                          f"{x.dtype} on {x.device} and {y.dtype} on {y.device}")
@@ -81,16 +81,16 @@ def gaussian_wasserstein(x: Tensor, y: Tensor, *, x_mask: Tensor | None = None, 
         x_mask, y_mask: ``[Bx, Tx]``, ``[By, Ty]``, bool, true for frames that count; all of them by default.
         spectral: ``"plain"``, the distance itself; ``"smooth"``, singular values s replaced by
             ``sqrt(s^2 + r^2) - r`` in the cross term; ``"entropic"``, the Sinkhorn divergence with regularisation
-            ``2 r KL`` (smooth, and 0 where x and y coincide); ``"eps"``, the distance between the Gaussians with ``r I``
-            added to both covariances (a reference for tests, in plain PyTorch).
+            ``2 r KL`` (smooth, and 0 where x and y coincide); ``"eps"``, the distance between the Gaussians with ``r
+            I`` added to both covariances (a reference for tests, in plain PyTorch).
         regularization: r above; ``"plain"`` ignores it.
         pairs: ``"all"``, every x with every y; ``"zip"``, each x with the y of its own index.
         backend: ``"cuda"``, ``"cpp"``, ``"triton"`` or ``"reference"``; by default the first that can run.
 
     Returns:
-        ``[Bx, By]``, or ``[Bx]`` for ``"zip"``, in float32, or float64 if given that. Where x and y coincide, rounding may
-        leave it slightly below 0. The gradient is finite everywhere: where singular values of the cross term vanish it is
-        the subgradient of smallest norm.
+        ``[Bx, By]``, or ``[Bx]`` for ``"zip"``, in float32, or float64 if given that. Where x and y coincide, rounding
+        may leave it slightly below 0. The gradient is finite everywhere: where singular values of the cross term vanish
+        it is the subgradient of smallest norm.
     """
     if x.ndim != 3 or y.ndim != 3:
         raise ValueError("gaussian_wasserstein: x and y must be [Bx, Tx, d] and [By, Ty, d], "
@@ -111,8 +111,8 @@ def gaussian_entropy(x: Tensor, *, eps: float = 1e-2, per_dof: bool = True, mask
     Args:
         x: ``[B, T, d]``, any floating dtype.
         eps: above 0. The printed entropy is minus infinity without it, since S has a rank below T.
-        per_dof: ``log det(I + S / eps) / (2 (T - 1))``, at least 0, and 0 for a static clip and for T = 1; else the whole
-            entropy ``1/2 log((2 pi e)^d det(S + eps I))`` in nats.
+        per_dof: ``log det(I + S / eps) / (2 (T - 1))``, at least 0, and 0 for a static clip and for T = 1; else the
+            whole entropy ``1/2 log((2 pi e)^d det(S + eps I))`` in nats.
         mask: ``[B, T]``, bool, true for frames that count; all of them by default.
         backend: as in `gaussian_wasserstein`.
 
@@ -138,8 +138,8 @@ def contrast_positives(anchors: Tensor, mode: str = "threshold", *, theta: float
     Args:
         anchors: ``[B, d]`` features, compared by cosine; for ``"labels"``, ``[B]`` integers.
         mode: ``"diag"``, none but itself; ``"threshold"``, cosine at least ``theta``; ``"band"``, the same, and cosines
-            from ``theta_low`` to ``theta`` are neither positive nor negative; ``"topk"``, the ``k`` most similar others;
-            ``"labels"``, those of equal label.
+            from ``theta_low`` to ``theta`` are neither positive nor negative; ``"topk"``, the ``k`` most similar
+            others; ``"labels"``, those of equal label.
 
     Returns:
         ``positives`` ``[B, B]``, bool, and ``ignored`` ``[B, B]``, bool, or None where nothing is ignored.
@@ -224,15 +224,16 @@ def gw_contrast(x: Tensor, y: Tensor, positives: Tensor | str = "diag", *, ignor
         x_mask, y_mask: ``[B, Tx]``, ``[B, Ty]``, bool, true for frames that count; all of them by default.
         tau: temperature of the distances (ours: .1 to .3 is a plateau for unit frames).
         gamma, eps: weight of the entropies per degree of freedom and what is added to covariances in them (ours).
-        entropy: ``"in_distance"``, as printed, where the entropy of row i cancels; ``"regularizer"``, gamma times the mean
-            entropy of both modalities is added to the loss instead; ``"none"``.
+        entropy: ``"in_distance"``, as printed, where the entropy of row i cancels; ``"regularizer"``, gamma times the
+            mean entropy of both modalities is added to the loss instead; ``"none"``.
         symmetric: average with the same loss over columns; else x to y alone, as printed.
-        sign: ``"similarity"``, exp(-D / tau); ``"paper"``, exp(+D / tau) as printed, which warns: it drives positives apart.
+        sign: ``"similarity"``, exp(-D / tau); ``"paper"``, exp(+D / tau) as printed, which warns: it drives positives
+            apart.
         spectral, regularization, backend: as in `gaussian_wasserstein`.
-        group: process group whose samples are contrasted together, process r holding rows r B .. r B + B - 1 of the whole;
-            every process must hold equally many. ``positives`` and ``ignored`` are then of the whole batch, ``anchors`` of
-            this process. Frames are gathered with gradient, so that the mean of the processes' gradients, as DDP forms it,
-            is that of the same loss in one process, whose value every process returns.
+        group: process group whose samples are contrasted together, process r holding rows r B .. r B + B - 1 of the
+            whole; every process must hold equally many. ``positives`` and ``ignored`` are then of the whole batch,
+            ``anchors`` of this process. Frames are gathered with gradient, so that the mean of the processes'
+            gradients, as DDP forms it, is that of the same loss in one process, whose value every process returns.
 
     Returns:
         0-dimensional. Rows without negatives count as exactly 0, without gradient.
@@ -301,8 +302,9 @@ def gw_text_contrast(x: Tensor, z: Tensor, counterfactuals: Tensor, weights: Ten
     _check_contrast("gw_text_contrast", tau, entropy)
     B, K = counterfactuals.shape[:2]
     if x.ndim != 3 or z.ndim != 3 or counterfactuals.ndim != 4 or not len(x) == len(z) == B or not B:
-        raise ValueError("gw_text_contrast: x, z and counterfactuals must be [B, T, d], [B, Tz, d] and [B, K, Tc, d] with B "
-                         f"alike and above 0, got {tuple(x.shape)}, {tuple(z.shape)} and {tuple(counterfactuals.shape)}")
+        raise ValueError("gw_text_contrast: x, z and counterfactuals must be [B, T, d], [B, Tz, d] and [B, K, Tc, d] with "
+                         f"B alike and above 0, got {tuple(x.shape)}, {tuple(z.shape)} and "
+                         f"{tuple(counterfactuals.shape)}")
     if weights is not None and weights.shape != (B, K):
         raise ValueError(f"gw_text_contrast: weights must be {(B, K)}, got {tuple(weights.shape)}")
     texts, mask = _join(z[:, None], counterfactuals, z_mask, counterfactual_mask)  # [B, 1 + K, Tz or Tc, d]

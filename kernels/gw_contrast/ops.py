@@ -30,31 +30,27 @@ def _fake(x, y, x_mask, y_mask, spectral, regularization, eps, polar=True):
             *inverse, new(N, Bx, m, n, By) if polar else new(0))
 
 
-def _fake_backward(grad, x_grad_entropy, y_grad_entropy, x_mean, y_mean, x_factor, y_factor, x_inverse, y_inverse,
-                   polar, x_mask, y_mask):
-    (N, Bx, m, d), (_, n, By, _) = x_factor.shape, y_factor.shape
-    return x_factor.new_empty(N, Bx, m + 1, d), y_factor.new_empty(N, By, n + 1, d)
+def _fake_backward(grad, grad_x_entropy, grad_y_entropy, x, y, *saved):
+    return torch.empty_like(x), torch.empty_like(y)
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(*output[3:], *inputs[2:4])
+    ctx.save_for_backward(*inputs[:2], *output[3:], *inputs[2:4])  # x and y, so that a second derivative is refused
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
     ctx.shapes = [out.shape for out in output[:3]]
 
 
 def _backward(ctx, backend, *grads):
-    factor = ctx.saved_tensors[2]
-    grads = [factor.new_zeros(shape) if grad is None else grad.contiguous()
+    mean = ctx.saved_tensors[2]
+    grads = [mean.new_zeros(shape) if grad is None else grad.contiguous()
              for grad, shape in zip(grads, ctx.shapes, strict=False)]
-    grad_x, grad_y = kernel("gaussian_w2_backward", backend)(*grads, *ctx.saved_tensors)
-    return grad_x.to(ctx.dtype), grad_y.to(ctx.dtype), None, None, None, None, None, None
+    return *kernel("gaussian_w2_backward", backend)(*grads, *ctx.saved_tensors), *[None] * 6
 
 
-define("gaussian_w2", "(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, str spectral, float regularization, float eps, "
-       "bool polar=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+define("gaussian_w2", "(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, str spectral, float regularization, "
+       "float eps, bool polar=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
        fake=_fake, backward=_backward, setup_context=_setup_context)
-define("gaussian_w2_backward", "(Tensor grad_distance, Tensor grad_x_entropy, Tensor grad_y_entropy, Tensor x_mean, "
-       "Tensor y_mean, Tensor x_factor, Tensor y_factor, Tensor x_inverse, Tensor y_inverse, Tensor polar, "
+define("gaussian_w2_backward", "(Tensor grad_distance, Tensor grad_x_entropy, Tensor grad_y_entropy, Tensor x, "
+       "Tensor y, Tensor x_mean, Tensor y_mean, Tensor x_factor, Tensor y_factor, Tensor x_inverse, Tensor y_inverse, Tensor polar, "
        "Tensor? x_mask, Tensor? y_mask) -> (Tensor, Tensor)", fake=_fake_backward)

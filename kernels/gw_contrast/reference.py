@@ -1,5 +1,5 @@
-"""The definition, in plain PyTorch: the low-rank form that every backend is held to, and the dense form as printed in the
-paper (Eq. 13-15), which the low-rank form is held to. README.md derives one from the other.
+"""The definition, in plain PyTorch: the low-rank form that every backend is held to, and the dense form as printed in
+the paper (Eq. 13-15), which the low-rank form is held to. README.md derives one from the other.
 """
 import math
 
@@ -56,7 +56,8 @@ def entropy(gram: Tensor, count: Tensor, eps: float) -> Tensor:
 
 
 def gaussian_w2(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None,
-                spectral: str = "plain", regularization: float = 1e-2, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+                spectral: str = "plain", regularization: float = 1e-2,
+                eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_mean, x_factor, x_count = moments(x.to(dtype), x_mask)  # [N, Bx, d], [N, Bx, m, d], [N, Bx]
     y_mean, y_factor, y_count = moments(y.to(dtype), y_mask)  # [N, By, d], [N, By, n, d], [N, By]
@@ -64,10 +65,10 @@ def gaussian_w2(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tens
     cross = x_factor.flatten(1, 2) @ y_factor.flatten(1, 2).mT  # [N, Bx m, By n]
     cross = cross.unflatten(2, y_factor.shape[1:3]).unflatten(1, x_factor.shape[1:3]).transpose(2, 3)
     cross = torch.where(cross.isfinite().all(-1).all(-1)[..., None, None], cross, 0)  # the traces carry the NaN
-    if 0 in cross.shape:
-        tail = cross.sum((-2, -1))
-    elif spectral == "eps":
+    if spectral == "eps":
         tail = spectral_sum_eps(cross, x_gram, y_gram, regularization)
+    elif 0 in cross.shape:
+        tail = cross.sum((-2, -1))
     else:
         tail = spectral_sum(torch.linalg.svdvals(cross), max(cross.shape[-2:]), spectral, regularization)
     trace = [gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (x_gram, y_gram)]
