@@ -302,8 +302,8 @@ def gw_text_contrast(x: Tensor, z: Tensor, counterfactuals: Tensor, weights: Ten
     _check_contrast("gw_text_contrast", tau, entropy)
     B, K = counterfactuals.shape[:2]
     if x.ndim != 3 or z.ndim != 3 or counterfactuals.ndim != 4 or not len(x) == len(z) == B or not B:
-        raise ValueError("gw_text_contrast: x, z and counterfactuals must be [B, T, d], [B, Tz, d] and [B, K, Tc, d] with "
-                         f"B alike and above 0, got {tuple(x.shape)}, {tuple(z.shape)} and "
+        raise ValueError("gw_text_contrast: x, z and counterfactuals must be [B, T, d], [B, Tz, d] and [B, K, Tc, d] "
+                         f"with B alike and above 0, got {tuple(x.shape)}, {tuple(z.shape)} and "
                          f"{tuple(counterfactuals.shape)}")
     if weights is not None and weights.shape != (B, K):
         raise ValueError(f"gw_text_contrast: weights must be {(B, K)}, got {tuple(weights.shape)}")

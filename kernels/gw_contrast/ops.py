@@ -49,8 +49,8 @@ def _backward(ctx, backend, *grads):
 
 
 define("gaussian_w2", "(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, str spectral, float regularization, "
-       "float eps, bool polar=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+       "float eps, bool polar=True) -> (" + ", ".join(["Tensor"] * 10) + ")",
        fake=_fake, backward=_backward, setup_context=_setup_context)
 define("gaussian_w2_backward", "(Tensor grad_distance, Tensor grad_x_entropy, Tensor grad_y_entropy, Tensor x, "
-       "Tensor y, Tensor x_mean, Tensor y_mean, Tensor x_factor, Tensor y_factor, Tensor x_inverse, Tensor y_inverse, Tensor polar, "
-       "Tensor? x_mask, Tensor? y_mask) -> (Tensor, Tensor)", fake=_fake_backward)
+       "Tensor y, Tensor x_mean, Tensor y_mean, Tensor x_factor, Tensor y_factor, Tensor x_inverse, "
+       "Tensor y_inverse, Tensor polar, Tensor? x_mask, Tensor? y_mask) -> (Tensor, Tensor)", fake=_fake_backward)

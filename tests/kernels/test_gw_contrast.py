@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.functional import normalize
+
 from icf.ops import contrast_positives, gaussian_entropy, gaussian_wasserstein, gw_contrast, gw_text_contrast
 from icf_kernels._common.testing import why_not
 from icf_kernels.gw_contrast.reference import dense_gaussian_entropy, dense_gaussian_wasserstein
-from torch.nn.functional import normalize
 
 SPECTRAL = ("plain", "smooth", "entropic", "eps")
 EYE = torch.eye(4, dtype=torch.float64)
@@ -90,8 +91,9 @@ def test_accuracy_in_float32(T, device, backend):
     skip_unless_can_run(backend, device, x.float())
     single = [z.to(device).cpu() for z in value_and_gradients(
         partial(gaussian_wasserstein, backend=backend), *(z.float().to(device) for z in (x, y)))]
-    double = value_and_gradients(partial(gaussian_wasserstein, backend="reference"), x.float().double(), y.float().double())
-    traces = [z.float().double().var(1, correction=0).sum(-1) for z in (x, y)]
+    rounded = [z.float().double() for z in (x, y)]
+    double = value_and_gradients(partial(gaussian_wasserstein, backend="reference"), *rounded)
+    traces = [z.var(1, correction=0).sum(-1) for z in rounded]
     assert ((single[0] - double[0]).abs() <= 1e-6 * (traces[0][:, None] + traces[1])).all()
     assert_relative(single[1:], double[1:], 1e-5)
 
@@ -101,7 +103,7 @@ def test_accuracy_in_float32(T, device, backend):
 def test_any_number_of_frames(T, device, backend):
     if backend == "triton" and device == "cpu" and T > 8:
         pytest.skip("slow in the interpreter")
-    x, y = frames(3, T, 40, 1, torch.float32), frames(3, max(T - 1, 2), 40, 2, torch.float32)  # 9 pairs: a vector and one
+    x, y = frames(3, T, 40, 1, torch.float32), frames(3, max(T - 1, 2), 40, 2, torch.float32)  # 9 pairs fill no vector
     skip_unless_can_run(backend, device, x)
     actual = value_and_gradients(partial(gaussian_wasserstein, backend=backend), x.to(device), y.to(device))
     expected = value_and_gradients(partial(gaussian_wasserstein, backend="reference"), x.double(), y.double())
