@@ -53,7 +53,8 @@ class DataConfig:
         audio_timing: `vggish` takes windows every 0.96 s as published; `aligned` one per second.
         augmentation: `none` (paper) or `combo`: scale, crop, flip and colour, as COMBO-AVS.
         workers: loader processes; `null` chooses by the number of cores.
-        cache: keep computed log-mels in memory.
+        cache: keep what was read in memory that the workers share: log-mels, frames and labels, each if all of a split
+            take less than 1 GiB.
         toy: set, the data is the toy benchmark, generated when it is missing.
     """
 

@@ -187,7 +187,7 @@ class FScore(_PerClip):
     def update(self, probability: Tensor, target: Tensor, clip: Tensor) -> None:
         """Args: probability [N,H,W] in 0..1; target [N,H,W] 0/1, 255 ignored; clip int64 [N], whose frame."""
         curves, occupied = f_curves(probability, target)
-        self._add(clip, curves=curves * occupied[:, None], frames=occupied)
+        self._add(clip, curves=curves, frames=occupied)                   # without foreground, the curve is 0
 
     def _best(self, rows: Sequence[int] | None, size: int | None) -> Tensor:
         """F at the best threshold of each group of `size` clips, NaN for a group without object."""

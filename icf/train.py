@@ -233,9 +233,10 @@ def validation(accelerator: Accelerator, model, val_set: Dataset, cfg: Config, p
     better = scores["J&F"] > progress.best
     progress.best = max(progress.best, scores["J&F"])
     if accelerator.is_main_process:
-        save_weights(cfg.out / "last.safetensors", state, cfg, step=progress.step, scores=scores)
+        notes = {"step": progress.step, "scores": scores, "classes": list(val_set.classes)}
+        save_weights(cfg.out / "last.safetensors", state, cfg, **notes)
         if better:
-            save_weights(cfg.out / WEIGHTS, state, cfg, step=progress.step, scores=scores)
+            save_weights(cfg.out / WEIGHTS, state, cfg, **notes)
         history = json.dumps({"steps": progress.steps, "evaluations": progress.evaluations})
         write_atomic(cfg.out / "metrics.json", lambda path: path.write_text(history))
         tqdm.write(f"epoch {progress.epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))

@@ -164,6 +164,13 @@ def test_named_groups_of_the_noisy_set():
     assert truth.float().mean().item() == pytest.approx(.337891, abs=1e-6)
 
 
+def test_thresholds_reach_from_zero_to_exactly_one():
+    curve = f_curves(torch.tensor([[[1.0, 1.0, 0.0, 0.0]]]), torch.tensor([[[1, 1, 0, 0]]]))[0][0]
+    assert curve[0] == pytest.approx(1.3 * 0.5 / (0.3 * 0.5 + 1)) and curve[1] == curve[-1] == 1 and len(curve) == 255
+    almost = f_curves(torch.tensor([[[1 - 6e-8, 0.0]]]), torch.tensor([[[1, 0]]]))[0][0]
+    assert almost[-2] == 1 and almost[-1] == 0
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), on_thresholds=st.booleans(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_histogram_equals_255_comparisons(seed, on_thresholds, dtype):

@@ -132,6 +132,19 @@ def test_windows_that_overlap_are_averaged(tmp_path):
     assert [row["classes"][0]["score"] for row in record["seconds"]] == [1, 1, 1, 1.5, 2, 2, 2.5, 3]
 
 
+@pytest.mark.parametrize("threshold, area", [(None, 1), (0.55, 1), (0.65, 0)])
+def test_the_threshold_is_of_the_probability(tmp_path, threshold, area):
+
+    class Sure(nn.Module):
+        def forward(self, batch):
+            return torch.full((1, 5, 1, 64, 64), 0.6).logit()
+
+    source, out = make_folder(tmp_path / "clip", 1), tmp_path / "out"
+    row, = predict(Sure(), config(), source, out, threshold=threshold, progress=False)["seconds"]
+    assert row["area"] == area and read_mask(out, 0).max() == 255 * area
+    assert [found["score"] for found in row["classes"]] == [pytest.approx(0.6)] * area
+
+
 def test_the_overlay_shows_every_picture_under_the_mask_of_its_second(tmp_path):
     source = make_video(tmp_path / "a.mp4", 3.5, height=128, width=128)
     predict(Bright(), config(size=128), source, tmp_path / "out", progress=False)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -463,7 +464,9 @@ def _mask(owner: NDArray, shapes: set[int]) -> NDArray:
 
 
 def _box(mask: NDArray) -> list[int]:
-    """x0, y0, x1, y1 of what is seen of a shape, the ends exclusive."""
+    """x0, y0, x1, y1 of what is seen of a shape, the ends exclusive; zeros where all of it is hidden."""
+    if not mask.any():
+        return [0, 0, 0, 0]
     ys, xs = np.nonzero(mask.any(axis=1))[0], np.nonzero(mask.any(axis=0))[0]
     return [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1]
 
@@ -545,7 +548,9 @@ def _write_sound(path: Path, sound: NDArray, index: int) -> None:
         rate = 44100
         faster = resample(torch.from_numpy(sound / 32768), RATE, rate)
         sound = (faster * 32768).round().clamp(-32768, 32767).short().numpy()
-    soundfile.write(path, sound, rate, subtype="PCM_16", format="WAV")
+    file = io.BytesIO()  # soundfile would wait for the disk after every file
+    soundfile.write(file, sound, rate, subtype="PCM_16", format="WAV")
+    path.write_bytes(file.getvalue())
 
 
 def _write_avss(task: Task, scene: Scene, pictures, owners, sound, log_mel) -> str:
