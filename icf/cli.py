@@ -162,7 +162,8 @@ def data(args: list[str]) -> None:
 
 
 def info(args: list[str]) -> None:
-    command("info", "Versions, what was built, which operator can run where, and why not.").parse_args(args)
+    argparse.ArgumentParser(prog="icf info", description="Versions, what was built, which operator can run where, and "
+                            "why not.").parse_args(args)
     from importlib.metadata import PackageNotFoundError, version
 
     from icf_kernels.info import report
@@ -215,3 +216,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print(f"icf {argv[0]}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,12 +25,18 @@ class ToyConfig:
         seed: every clip is drawn from (seed, subset, split, index).
         bias: probability that the salient shape is the one that sounds, in the training and validation splits.
         visible: smallest and largest number of shapes in a clip.
+        gap: how much the salient shape stands out in size, contrast and speed: 0 not at all, 1 strongly.
+        val_bias: bias of the validation split where it differs.
+        clips: numbers of train, val and test clips in place of those of `size`.
     """
 
     size: Literal["tiny", "small", "full"] = "small"
     seed: int = 0
     bias: float = 0.9
     visible: tuple[int, int] = (2, 3)
+    gap: float = 1.0
+    val_bias: float | None = None
+    clips: tuple[int, int, int] | None = None
 
 
 @dataclass

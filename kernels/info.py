@@ -2,6 +2,7 @@
 import sys
 
 import torch
+
 from icf_kernels._common.backend import BACKENDS, PROBLEM
 from icf_kernels._common.testing import module, operators, why_not
 

@@ -19,20 +19,22 @@ from av.stream import Disposition
 
 SOUND_RATE = 16000
 SOUND_JUMP = Fraction(1, 20)  # seconds between two pieces of sound from which the time stamps are believed: a gap
-COPIED_SOUND = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac"}  # what players accept inside an mp4
+COLOURS = {1: "ITU709", 4: "FCC", 7: "SMPTE240M"}  # by FFmpeg's number, which older PyAV overlook
+COPIED_SOUND = {"aac", "mp3", "mp3float", "ac3", "eac3", "opus", "flac", "alac"}  # what players accept inside an mp4
 
 
 @dataclass(frozen=True)
 class Video:
-    """What is known of a file before reading it through.
+    """A video file as `open_video` found it.
 
     Attributes:
+        path: the file.
         width, height: of a picture, in pixels, with the rotation of the file applied.
         duration: seconds as the file declares them, None where it does not.
         frame_rate: mean pictures per second.
         time_base: seconds per tick of the time stamps.
         start: time stamp of the first picture, in seconds of the file's clock.
-        has_sound: whether there is a sound track.
+        sound: the file with the sound track, None where there is none.
     """
 
     path: Path
@@ -42,7 +44,40 @@ class Video:
     frame_rate: Fraction
     time_base: Fraction
     start: Fraction
-    has_sound: bool
+    sound: Path | None
+
+    def frames(self) -> Iterator[tuple[Fraction, np.ndarray]]:
+        """All pictures in order: time in seconds since the first, and [height, width, 3] uint8 RGB, upright.
+
+        Pictures whose size differs from the first are scaled to it, those without a later time stamp than the one
+        before are left out. Raises ValueError where the file cannot be decoded or ends long before its declared end.
+        """
+        for time, frame, size, _ in _decoded(self.path):
+            yield time, _upright(frame, size)
+
+    def sampled(
+        self, fps: Fraction | float = 1, offset: Fraction | float = Fraction(15, 16)
+    ) -> Iterator[tuple[Fraction, np.ndarray]]:
+        """The picture on show at (i + offset) / fps seconds for i = 0, 1, ...: its own time, [height, width, 3] uint8.
+
+        The defaults are those of AVSBench: one picture a second, 15/16 s into it. A last interval that is cut short
+        gives its last picture when at least half of it is there; the first interval always gives one.
+
+        Raises:
+            ValueError: as `frames`, or an argument out of range.
+        """
+        fps, offset = Fraction(fps), Fraction(offset)
+        if fps <= 0 or not 0 <= offset < 1:
+            raise ValueError(f"fps and offset: expected above 0 and in 0..1, got {float(fps)} and {float(offset)}")
+        index, shown, end = 0, None, Fraction(0)
+        for time, frame, size, step in _decoded(self.path):
+            while shown is not None and time > (index + offset) / fps:
+                yield shown[0], _upright(*shown[1:])
+                index += 1
+            shown, end = (time, frame, size), time + step
+        while index == 0 or end > (index + offset) / fps or end * fps - index >= Fraction(1, 2):
+            yield shown[0], _upright(*shown[1:])
+            index += 1
 
 
 def open_video(path: Path, silent_ok: bool = False) -> Video:
@@ -55,6 +90,7 @@ def open_video(path: Path, silent_ok: bool = False) -> Video:
     Raises:
         ValueError: one line naming the file, when it is missing or broken or lacks pictures or sound.
     """
+    path = Path(path)
     with _opened(path) as container:
         stream = _picture_stream(container, path)
         frame = next(container.decode(stream), None)
@@ -62,49 +98,9 @@ def open_video(path: Path, silent_ok: bool = False) -> Video:
             raise ValueError(f"{path}: the video stream holds no picture")
         if not container.streams.audio and not silent_ok:
             raise ValueError(f"{path}: no sound track; allow silence (silent_ok) to go on without sound")
-        image = _upright(frame)
-        return Video(
-            path=Path(path), width=image.shape[1], height=image.shape[0], duration=_declared(container, stream),
-            frame_rate=_rate(stream), time_base=stream.time_base, start=_time(frame) or Fraction(0),
-            has_sound=bool(container.streams.audio))
-
-
-def read_frames(path: Path) -> Iterator[tuple[Fraction, np.ndarray]]:
-    """All pictures of a file in order: time in seconds since the first, and [height, width, 3] uint8 RGB, upright.
-
-    Pictures whose size differs from the first are scaled to it, those without a later time stamp than the one before
-    are left out.
-
-    Raises:
-        ValueError: the file cannot be decoded, or ends long before the end it declares.
-    """
-    for time, frame, size, _ in _decoded(path):
-        yield time, _upright(frame, size)
-
-
-def sample_frames(
-    path: Path, fps: Fraction | float = 1, offset: Fraction | float = Fraction(15, 16)
-) -> Iterator[tuple[Fraction, np.ndarray]]:
-    """The picture on show at (i + offset) / fps seconds for i = 0, 1, ...: its own time and [height, width, 3] uint8.
-
-    The defaults are those of AVSBench: one picture a second, 15/16 s into it. A last interval that is cut short gives
-    its last picture when at least half of it is there; the first interval always gives one.
-
-    Raises:
-        ValueError: as `read_frames`, or an argument out of range.
-    """
-    fps, offset = Fraction(fps), Fraction(offset)
-    if fps <= 0 or not 0 <= offset < 1:
-        raise ValueError(f"fps and offset: expected above 0 and in 0..1, got {float(fps)} and {float(offset)}")
-    index, shown, end = 0, None, Fraction(0)
-    for time, frame, size, step in _decoded(path):
-        while shown is not None and time > (index + offset) / fps:
-            yield shown[0], _upright(*shown[1:])
-            index += 1
-        shown, end = (time, frame, size), time + step
-    while index == 0 or end > (index + offset) / fps or end * fps - index >= Fraction(1, 2):
-        yield shown[0], _upright(*shown[1:])
-        index += 1
+        height, width = _upright(frame).shape[:2]
+        return Video(path, width, height, _declared(container, stream), _rate(stream), stream.time_base,
+                     start=_time(frame) or Fraction(0), sound=path if container.streams.audio else None)
 
 
 def read_sound(path: Path, start: Fraction | float = 0) -> Iterator[np.ndarray]:
@@ -181,7 +177,7 @@ def write_video(
                     container.mux(packet)
                     packet = next(source, None)
                 container.mux(_encoded(picture, time, image))
-            container.mux(_finished(picture))
+            container.mux(picture.encode(None))
             container.mux([] if packet is None else [packet])
             for packet in source:
                 container.mux(packet)
@@ -193,7 +189,7 @@ def write_video(
 @contextmanager
 def _opened(path: Path):
     """The container of `path`; whatever FFmpeg dislikes becomes one ValueError that names the file."""
-    if not Path(path).is_file():
+    if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         with av.open(str(path)) as container:
@@ -252,7 +248,9 @@ def _time(frame) -> Fraction | None:
 def _upright(frame: av.VideoFrame, size: tuple[int, int] | None = None) -> np.ndarray:
     """[height, width, 3] uint8 RGB, turned as the file asks."""
     width, height = size or (frame.width, frame.height)
-    image = frame.to_ndarray(format="rgb24", width=width, height=height)
+    known = COLOURS.get(frame.colorspace)
+    colours = {"src_colorspace": known, "dst_colorspace": "DEFAULT"} if known else {}
+    image = frame.to_ndarray(format="rgb24", width=width, height=height, **colours)
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
 
 
@@ -277,18 +275,7 @@ def _encoded(stream, time: Fraction, image: np.ndarray) -> list[av.Packet]:
     frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
     frame.time_base = stream.codec_context.time_base
     frame.pts = round(time / frame.time_base)
-    return _timed(stream, stream.encode(frame))
-
-
-def _finished(stream) -> list[av.Packet]:
-    return _timed(stream, stream.encode(None))
-
-
-def _timed(stream, packets: list[av.Packet]) -> list[av.Packet]:
-    """Give packets a duration, from which the length of the last picture is taken."""
-    for packet in packets:
-        packet.duration = packet.duration or round(1 / (stream.average_rate * packet.time_base))
-    return packets
+    return stream.encode(frame)
 
 
 def _sound_packets(container, path: Path, start: Fraction) -> Iterator[av.Packet]:
@@ -297,18 +284,20 @@ def _sound_packets(container, path: Path, start: Fraction) -> Iterator[av.Packet
         if not source.streams.audio:
             raise ValueError(f"{path}: no sound track")
         track = source.streams.audio[0]
-        shift = round(start / track.time_base)
         if track.codec_context.name in COPIED_SOUND:
             target = container.add_stream_from_template(track)
+            shift = round(start / track.time_base)
             for packet in source.demux(track):
                 if packet.dts is not None:
-                    packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, target
+                    packet.pts = (packet.dts if packet.pts is None else packet.pts) - shift
+                    packet.dts, packet.stream = packet.dts - shift, target
                     yield packet
             return
         layout = "mono" if track.channels == 1 else "stereo"
         target = container.add_stream("aac", rate=min(track.rate, 48000), layout=layout)
         for frame in source.decode(track):
             if frame.pts is not None:
-                frame.pts -= shift
+                frame.pts = round((_time(frame) - start) * frame.sample_rate)
+                frame.time_base = Fraction(1, frame.sample_rate)
             yield from target.encode(frame)
         yield from target.encode(None)
