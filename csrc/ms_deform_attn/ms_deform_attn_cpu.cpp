@@ -100,7 +100,7 @@ struct Lanes {
 };
 
 // exp for arguments up to 0, within 1 ulp, in a form that compilers vectorise; 0 below -87.
-inline float exp_of_nonpositive(float x) {
+ICF_INLINE float exp_of_nonpositive(float x) {
   const float shifted = x * 1.44269504f + 12582912.f;  // rounds to an integer, which the low bits hold
   const float k = shifted - 12582912.f;
   const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
@@ -114,7 +114,7 @@ inline float exp_of_nonpositive(float x) {
   std::memcpy(&power, &bits, 4);
   return x < -87.f ? 0.f : p * power;
 }
-inline double exp_of_nonpositive(double x) { return std::exp(x); }
+ICF_INLINE double exp_of_nonpositive(double x) { return std::exp(x); }
 
 template <typename A>
 ICF_SIMD void softmax(A* logits, int64_t queries, int64_t n) {
@@ -181,18 +181,21 @@ ICF_SIMD void locate(const Lanes<A>& lane, int64_t count, int32_t outside) {
 
 // out[c] = sum over n points of the weighted corners; C channels from `value` on, of rows of `channels`.
 template <int C, typename A>
-inline void gather(const A* value, const Lanes<A>& lane, const Geometry& g, int64_t begin, A* out) {
-  A top[C] = {}, bottom[C] = {};  // two sums keep the multipliers busy
-  for (int64_t i = begin; i < begin + g.n; ++i) {
-    const A* v0 = value + int64_t(lane.row[i]) * g.channels;
-    const A* v2 = v0 + int64_t(lane.pitch[i]) * g.channels;
+ICF_INLINE void gather(const A* value, const Lanes<A>& lane, int64_t channels, int64_t begin, int64_t n, A* out) {
+  A top[C] = {}, bottom[C] = {};  // two sums and two loops: what compilers keep in registers
+  for (int64_t i = begin; i < begin + n; ++i) {
+    const A* v0 = value + int64_t(lane.row[i]) * channels;
+    const A* v2 = v0 + int64_t(lane.pitch[i]) * channels;
     const A w0 = lane.w[0][i], w1 = lane.w[1][i], w2 = lane.w[2][i], w3 = lane.w[3][i];
 #pragma omp simd
     for (int c = 0; c < C; ++c) {
       top[c] += w0 * v0[c];
-      top[c] += w1 * v0[c + g.channels];
+      top[c] += w1 * v0[c + channels];
+    }
+#pragma omp simd
+    for (int c = 0; c < C; ++c) {
       bottom[c] += w2 * v2[c];
-      bottom[c] += w3 * v2[c + g.channels];
+      bottom[c] += w3 * v2[c + channels];
     }
   }
 #pragma omp simd
@@ -203,34 +206,61 @@ template <typename A>
 ICF_SIMD void gather(const A* value, const Lanes<A>& lane, const Geometry& g, int64_t count, A* out) {
   for (int64_t k = 0; k < count; ++k, out += g.channels) {
     int64_t c = 0;
-    for (; c + 32 <= g.channels; c += 32) gather<32>(value + c, lane, g, k * g.n, out + c);
-    for (; c + 16 <= g.channels; c += 16) gather<16>(value + c, lane, g, k * g.n, out + c);
-    for (; c < g.channels; c += kVector) gather<kVector>(value + c, lane, g, k * g.n, out + c);
+    for (; c + 32 <= g.channels; c += 32) gather<32>(value + c, lane, g.channels, k * g.n, g.n, out + c);
+    for (; c + 16 <= g.channels; c += 16) gather<16>(value + c, lane, g.channels, k * g.n, g.n, out + c);
+    for (; c < g.channels; c += kVector) gather<kVector>(value + c, lane, g.channels, k * g.n, g.n, out + c);
   }
 }
 
+// d[k][i] += the sum of p[k], for the four corners k.
+template <typename A>
+ICF_INLINE void add_sums(const A (&p)[4][kVector], A* const d[4], int64_t i) {
+  for (int k = 0; k < 4; ++k)
+    for (int c = 0; c < kVector; ++c) d[k][i] += p[k][c];
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+ICF_INLINE void add_sums(const float (&p)[4][kVector], float* const d[4], int64_t i) {
+  typedef float V __attribute__((vector_size(16)));  // every target has these
+  typedef int32_t I __attribute__((vector_size(16)));
+  V half[4];
+  for (int k = 0; k < 4; ++k) {
+    V low, high;
+    std::memcpy(&low, p[k], 16), std::memcpy(&high, p[k] + 4, 16);
+    half[k] = low + high;
+  }
+  const I evens{0, 4, 1, 5}, odds{2, 6, 3, 7}, lows{0, 1, 4, 5}, highs{2, 3, 6, 7};
+  const V a = __builtin_shuffle(half[0], half[1], evens) + __builtin_shuffle(half[0], half[1], odds);
+  const V b = __builtin_shuffle(half[2], half[3], evens) + __builtin_shuffle(half[2], half[3], odds);
+  const V sums = __builtin_shuffle(a, b, lows) + __builtin_shuffle(a, b, highs);
+  for (int k = 0; k < 4; ++k) d[k][i] += sums[k];
+}
+#endif
+
 // Adds the corners' shares of `grad` to grad_value, and the dot products of `grad` with the corners to d.
 template <int C, typename A>
-inline void scatter(const A* value, A* grad_value, const A* grad, const Lanes<A>& lane, const Geometry& g, int64_t begin,
-                    A* const d[4]) {
-  for (int64_t i = begin; i < begin + g.n; ++i) {
-    const int64_t row = int64_t(lane.row[i]) * g.channels, below = int64_t(lane.pitch[i]) * g.channels;
+ICF_INLINE void scatter(const A* value, A* grad_value, const A* grad, const Lanes<A>& lane, int64_t channels,
+                        int64_t begin, int64_t n, A* const d[4]) {
+  for (int64_t i = begin; i < begin + n; ++i) {
+    const int64_t row = int64_t(lane.row[i]) * channels, below = int64_t(lane.pitch[i]) * channels;
     const A *v0 = value + row, *v2 = v0 + below;
     A *o0 = grad_value + row, *o2 = o0 + below;
     const A w0 = lane.w[0][i], w1 = lane.w[1][i], w2 = lane.w[2][i], w3 = lane.w[3][i];
-    A d0 = 0, d1 = 0, d2 = 0, d3 = 0;
-#pragma omp simd reduction(+ : d0, d1, d2, d3)
-    for (int c = 0; c < C; ++c) {
-      d0 += grad[c] * v0[c];
-      d1 += grad[c] * v0[c + g.channels];
-      d2 += grad[c] * v2[c];
-      d3 += grad[c] * v2[c + g.channels];
-      o0[c] += w0 * grad[c];
-      o0[c + g.channels] += w1 * grad[c];
-      o2[c] += w2 * grad[c];
-      o2[c + g.channels] += w3 * grad[c];
-    }
-    d[0][i] += d0, d[1][i] += d1, d[2][i] += d2, d[3][i] += d3;
+    A p[4][kVector] = {};
+    for (int j = 0; j < C; j += kVector)
+#pragma omp simd
+      for (int c = 0; c < kVector; ++c) {
+        const A g = grad[j + c];
+        p[0][c] += g * v0[j + c];
+        p[1][c] += g * v0[j + c + channels];
+        p[2][c] += g * v2[j + c];
+        p[3][c] += g * v2[j + c + channels];
+        o0[j + c] += w0 * g;
+        o0[j + c + channels] += w1 * g;
+        o2[j + c] += w2 * g;
+        o2[j + c + channels] += w3 * g;
+      }
+    add_sums(p, d, i);
   }
 }
 
@@ -241,9 +271,9 @@ ICF_SIMD void scatter(const A* value, A* grad_value, const A* grad, const Lanes<
   for (int64_t k = 0; k < count; ++k, grad += g.channels) {
     int64_t c = 0;
     for (; c + 32 <= g.channels; c += 32)
-      scatter<32>(value + c, grad_value + c, grad + c, lane, g, k * g.n, lane.d);
+      scatter<32>(value + c, grad_value + c, grad + c, lane, g.channels, k * g.n, g.n, lane.d);
     for (; c < g.channels; c += kVector)
-      scatter<kVector>(value + c, grad_value + c, grad + c, lane, g, k * g.n, lane.d);
+      scatter<kVector>(value + c, grad_value + c, grad + c, lane, g.channels, k * g.n, g.n, lane.d);
   }
 }
 
