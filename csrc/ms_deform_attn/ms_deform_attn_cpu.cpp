@@ -74,10 +74,10 @@ struct Inputs {
 // The points of a chunk of queries, one to a lane: kChunk * n of them.
 template <typename A>
 struct Lanes {
-  explicit Lanes(const Geometry& g) : size(kChunk * g.n), numbers(22 * size), integers(3 * size) {
+  explicit Lanes(const Geometry& g) : size(kChunk * g.n), numbers(24 * size), integers(3 * size) {
     A* next = numbers.get();
-    for (A** array : {&width, &height, &scale_x, &scale_y, &base_x, &base_y, &raw_x, &raw_y, &weight, &s, &t, &w[0], &w[1],
-                      &w[2], &w[3], &d[0], &d[1], &d[2], &d[3], &grad_x, &grad_y, &grad_weight})
+    for (A** array : {&width, &height, &scale_x, &scale_y, &cell_x, &cell_y, &base_x, &base_y, &raw_x, &raw_y, &weight, &s,
+                      &t, &w[0], &w[1], &w[2], &w[3], &d[0], &d[1], &d[2], &d[3], &grad_x, &grad_y, &grad_weight})
       *array = std::exchange(next, next + size);
     first = integers.get(), pitch = first + size, row = pitch + size;
     for (int64_t i = 0; i < size; ++i) {
@@ -91,7 +91,8 @@ struct Lanes {
   Buffer<A> numbers;
   Buffer<int32_t> integers;
   A *width, *height;                       // of the level
-  A *scale_x, *scale_y, *base_x, *base_y;  // pixel = raw * scale + base - 0.5
+  A *scale_x, *scale_y;                    // pixel = raw * scale + base + cell - 0.5
+  A *cell_x, *cell_y, *base_x, *base_y;    // whole pixels, and less than one
   A *raw_x, *raw_y, *weight;               // coordinates as given; attention weight
   A *s, *t, *w[4];                         // fractions; weights of the corners, attention weight included
   A *d[4];                                 // dot products of the corners with the incoming gradient
@@ -104,9 +105,8 @@ ICF_INLINE float exp_of_nonpositive(float x) {
   const float shifted = x * 1.44269504f + 12582912.f;  // rounds to an integer, which the low bits hold
   const float k = shifted - 12582912.f;
   const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.f, 1.f})
-    p = p * r + c;
+  float p = (1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f;
+  p = (((((p * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f) * r) + 1.f) * r + 1.f;
   int32_t bits;
   std::memcpy(&bits, &shifted, 4);
   bits = int32_t(uint32_t(bits + 127) << 23);
@@ -151,9 +151,11 @@ ICF_SIMD void load(const Inputs<A, L>& in, const Geometry& g, int64_t b, int64_t
     const A* reference = in.reference + b * in.reference_b + (q + k) * in.reference_q;
     for (size_t l = 0; l < g.levels.size(); ++l, reference += in.reference_l) {
       const A width = A(g.levels[l].width), height = A(g.levels[l].height);
+      const A cell_x = std::floor(reference[0] * width), cell_y = std::floor(reference[1] * height);
       const bool box = in.reference_size == 4;
       for (int64_t i = j + l * g.P, end = i + g.P; i < end; ++i) {
-        lane.base_x[i] = reference[0] * width, lane.base_y[i] = reference[1] * height;
+        lane.cell_x[i] = cell_x, lane.base_x[i] = reference[0] * width - cell_x;
+        lane.cell_y[i] = cell_y, lane.base_y[i] = reference[1] * height - cell_y;
         lane.scale_x[i] = box ? reference[2] * width * (A(0.5) / g.P) : 1;
         lane.scale_y[i] = box ? reference[3] * height * (A(0.5) / g.P) : 1;
       }
@@ -161,18 +163,23 @@ ICF_SIMD void load(const Inputs<A, L>& in, const Geometry& g, int64_t b, int64_t
   }
 }
 
-// Corners and their weights. What touches no pixel, or is not a number, goes to rows of zeros.
+// Corners and their weights. What touches no pixel, or is not a number, goes to rows of zeros. The fractions are formed
+// anew from the product, which a fused multiply-add then does not round: a float32 has few digits after 800.
 template <typename A>
 ICF_SIMD void locate(const Lanes<A>& lane, int64_t count, int32_t outside) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    A x = lane.raw_x[i] * lane.scale_x[i] + lane.base_x[i] - A(0.5);
-    A y = lane.raw_y[i] * lane.scale_y[i] + lane.base_y[i] - A(0.5);
-    const bool touches = (x > -1) & (x < lane.width[i]) & (y > -1) & (y < lane.height[i]);
-    x = touches ? x : A(0);
-    y = touches ? y : A(0);
-    const A left = std::floor(x), top = std::floor(y), s = x - left, t = y - top, a = lane.weight[i];
-    lane.row[i] = touches ? lane.first[i] + (int32_t(top) + 1) * lane.pitch[i] + int32_t(left) + 1 : outside;
+    const A floor_x = std::floor(lane.raw_x[i] * lane.scale_x[i] + lane.base_x[i] - A(0.5));
+    const A floor_y = std::floor(lane.raw_y[i] * lane.scale_y[i] + lane.base_y[i] - A(0.5));
+    A left = floor_x + lane.cell_x[i], top = floor_y + lane.cell_y[i];
+    const bool touches = (left >= -1) & (left < lane.width[i]) & (top >= -1) & (top < lane.height[i]);
+    A s = lane.raw_x[i] * lane.scale_x[i] - (floor_x + A(0.5)) + lane.base_x[i];
+    A t = lane.raw_y[i] * lane.scale_y[i] - (floor_y + A(0.5)) + lane.base_y[i];
+    left = touches ? left : A(0), top = touches ? top : A(0);
+    s = touches ? s : A(0), t = touches ? t : A(0);
+    const A a = lane.weight[i];
+    const int32_t row = lane.first[i] + (int32_t(top) + 1) * lane.pitch[i] + int32_t(left) + 1;
+    lane.row[i] = touches ? row : outside;
     lane.s[i] = s, lane.t[i] = t;
     lane.w[0][i] = (1 - t) * (1 - s) * a, lane.w[1][i] = (1 - t) * s * a;
     lane.w[2][i] = t * (1 - s) * a, lane.w[3][i] = t * s * a;

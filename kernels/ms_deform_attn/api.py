@@ -176,7 +176,7 @@ def _check_shape(op, name, tensor, layout, allowed):
 
 def _host_sizes(op, spatial_shapes, level_start_index, pixels):
     """((H, W), ...) as host integers, checked against the number of pixels of value."""
-    sizes = _host_copy(spatial_shapes) if isinstance(spatial_shapes, Tensor) else spatial_shapes
+    sizes = _host_copy(op, spatial_shapes) if isinstance(spatial_shapes, Tensor) else spatial_shapes
     sizes = tuple((int(h), int(w)) for h, w in sizes)
     if not sizes or any(h < 1 or w < 1 for h, w in sizes) or sum(h * w for h, w in sizes) != pixels:
         raise ValueError(f"{op}: spatial_shapes must be (height, width) per level, together the {pixels} pixels of "
@@ -194,9 +194,9 @@ def _readable(tensor):
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _host_copy(shapes):
+def _host_copy(op, shapes):
     if shapes.dim() != 2 or shapes.shape[1] != 2 or shapes.is_floating_point():
-        raise ValueError(f"spatial_shapes must be integers [L, 2], got {shapes.dtype} {list(shapes.shape)}")
+        raise ValueError(f"{op}: spatial_shapes must be integers [L, 2], got {shapes.dtype} {list(shapes.shape)}")
     if shapes.device.type == "cpu" or torch.compiler.is_compiling():
         return shapes.tolist()
     version, sizes = _host_copies.get(shapes, (None, None))

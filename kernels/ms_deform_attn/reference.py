@@ -52,7 +52,7 @@ def _attend(value, spatial_shapes, pixels, weights):
     for level, (H, W) in enumerate(spatial_shapes):
         size = torch.tensor([W, H], device=value.device)
         xy = pixels[:, :, :, level].transpose(1, 2).reshape(B, M, Q * P, 2)
-        touches = ((xy > -1) & (xy < size)).all(-1, keepdim=True)
+        touches = ((xy >= -1) & (xy < size)).all(-1, keepdim=True)
         xy = torch.where(touches, xy, -2)
         low = xy.detach().floor()
         fraction = xy - low
