@@ -81,6 +81,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
     """
     accelerator = start(cfg, resume)
     train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
+    train_set.seed = cfg.train.seed
     sampler = EpochSampler(len(train_set), cfg.train.seed)
     loader = build_loader(train_set, cfg, sampler)
 
@@ -102,6 +103,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
     bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
     with stop_requested(accelerator) as stopping, bar:
         while progress.epoch < epochs and progress.step < total_steps:
+            train_set.set_epoch(progress.epoch)
             sampler.epoch = progress.epoch
             sampler.start = progress.batch * cfg.train.batch * accelerator.num_processes
             if train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, total_steps, bar, stopping):

@@ -258,3 +258,20 @@ def test_stray_components_are_those_of_a_flood_fill(seed):
 def test_unknown_subset_is_refused(tmp_path):
     with pytest.raises(ValueError, match="subset: expected one of"):
         check(tmp_path, "s5")
+
+
+def test_own_clips_are_checked_as_well(tmp_path):
+    for folder in ("frames", "labels"):
+        (tmp_path / "a" / folder).mkdir(parents=True)
+    for second in range(2):
+        save(tmp_path / f"a/frames/{second}.png", np.full((40, 60, 3), 50 * second))
+    save(tmp_path / "a/labels/1.png", np.full((40, 60), 255))
+    soundfile.write(tmp_path / "a/audio.wav", 0.1 * np.sin(np.arange(32000)), 16000)
+    (tmp_path / "clips.csv").write_text("name,split\na,train\n")
+    report = run(tmp_path, "folder")
+    assert report.exit_code == 0 and report.facts["frames"] == 2 and report.facts["labels"] == 1
+    save(tmp_path / "a/labels/1.png", np.full((20, 30), 3))
+    assert {(f.check, f.level, f.where) for f in run(tmp_path, "folder").findings} == {
+        ("labels", "error", "a/labels/1.png"), ("labels", "warning", "a/labels/1.png")}
+    (tmp_path / "label2idx.json").write_text(json.dumps({"background": 0, "dog": 1}))
+    assert any("expected indices below 2" in f.what for f in run(tmp_path, "folder").findings)
