@@ -5,9 +5,12 @@ fill a gap of the paper; what is not marked follows from the data sets.
 """
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from argparse import ArgumentError
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 SUBSETS = ("s4", "ms3", "avss", "folder")
 Subset = Literal["s4", "ms3", "avss", "folder"]
@@ -22,12 +25,18 @@ class ToyConfig:
         seed: every clip is drawn from (seed, subset, split, index).
         bias: probability that the salient shape is the one that sounds, in the training and validation splits.
         visible: smallest and largest number of shapes in a clip.
+        gap: how much the salient shape stands out in size, contrast and speed: 0 not at all, 1 strongly.
+        val_bias: bias of the validation split where it differs.
+        clips: numbers of train, val and test clips in place of those of `size`.
     """
 
     size: Literal["tiny", "small", "full"] = "small"
     seed: int = 0
     bias: float = 0.9
     visible: tuple[int, int] = (2, 3)
+    gap: float = 1.0
+    val_bias: float | None = None
+    clips: tuple[int, int, int] | None = None
 
 
 @dataclass
@@ -249,6 +258,31 @@ class Config:
     def to_dict(self) -> dict:
         """Plain values, as JSON and YAML hold them."""
         return _plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Config:
+        """The inverse of :meth:`to_dict`; raises ValueError where a key is unknown or a value of the wrong type."""
+        parser = config_parser(exit_on_error=False)
+        try:
+            return build_config(parser, parser.parse_object(values))
+        except ArgumentError as error:
+            raise ValueError(f"configuration: {error}") from None
+
+
+def config_parser(**options) -> ArgumentParser:
+    """A parser of every field, as `--data.size 224`, and of YAML files that hold some of them, as `--config FILE`."""
+    parser = ArgumentParser(**options)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file, or text, with any of the fields below")
+    parser.add_class_arguments(Config, as_group=False)
+    return parser
+
+
+def build_config(parser: ArgumentParser, parsed: Namespace) -> Config:
+    """The checked configuration of what ``parser`` has parsed."""
+    values = parser.instantiate(parsed)
+    cfg = Config(**{field.name: values[field.name] for field in fields(Config)})
+    cfg.check()
+    return cfg
 
 
 def _require(ok: bool, key: str, expected: str, got) -> None:

@@ -2,16 +2,26 @@
 import sys
 
 import torch
+
 from icf_kernels._common.backend import BACKENDS, PROBLEM
 from icf_kernels._common.testing import module, operators, why_not
 
-if __name__ == "__main__":
+
+def report() -> str:
+    """The lines that ``icf info`` prints: versions, the native libraries, and every operator on every backend."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"python {sys.version.split()[0]}, torch {torch.__version__}, device {device}")
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    lines = [f"python {sys.version.split()[0]}, torch {torch.__version__}, device {device} ({name})"]
     for library, problem in PROBLEM.items():
-        print(f"icf_kernels.{library}", problem or f"built with {sys.modules[f'icf_kernels.{library}'].built_with}")
+        built = problem or f"built with {sys.modules[f'icf_kernels.{library}'].built_with}"
+        lines.append(f"icf_kernels.{library} {built}")
     for room, op in operators():
         cases = module(room, "cases").CASES[op]
         for backend in BACKENDS:
             reason = why_not(room, op, backend, cases.make_inputs(cases.shapes[0], torch.float32, device))
-            print(f"{op}: {backend}: {reason or 'can run'}")
+            lines.append(f"{op}: {backend}: {reason or 'can run'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -4,9 +4,10 @@ import pkgutil
 from collections.abc import Callable
 from typing import NamedTuple
 
-import icf_kernels
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import icf_kernels
 
 
 class Cases(NamedTuple):

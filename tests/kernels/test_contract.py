@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import include_paths
+
 from icf_kernels._common.backend import INTERPRET
 from icf_kernels._common.library import kernel
 from icf_kernels._common.testing import (
@@ -20,7 +22,6 @@ from icf_kernels._common.testing import (
     require_grad,
     why_not,
 )
-from torch.utils.cpp_extension import include_paths
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may use, by architecture
@@ -79,7 +80,8 @@ def test_registration(room, op, device, backend):
     for operator, arguments in calls:
         torch.library.opcheck(operator, map_differentiable(torch.Tensor.detach, arguments))
     if backend != "reference":
-        torch.library.opcheck(kernel(op, backend), require_grad(args)[0])
+        assert calls[0][0] == kernel(op, backend)
+        torch.library.opcheck(calls[0][0], require_grad(calls[0][1])[0])
 
 
 @every_target

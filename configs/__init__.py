@@ -1,0 +1,1 @@
+"""Presets of `icf train` and `icf evaluate`: one YAML file each, filling the dataclasses of `icf.config`."""

@@ -1,0 +1,148 @@
+"""Weights and training states on disk: safetensors, complete or absent, never half-written."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from . import __version__
+from .config import Config
+
+CONFIG = "config.yaml"  # the resolved configuration in a run folder
+WEIGHTS = "best.safetensors"  # the name of the best weights in a run folder
+STATES = "checkpoints"  # where a run folder keeps its training states, one folder a step
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary neighbour of ``path``, a file or a folder, then move it into place.
+
+    Whatever happens on the way (a full disk, a kill), ``path`` holds the old content or the new, never a part.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def save_weights(path: Path, state: dict[str, torch.Tensor], cfg: Config, **notes) -> None:
+    """Write a state dict with its configuration (and ``notes``, such as the step) inside, so that the file suffices."""
+    metadata = {"icf": json.dumps({"version": __version__, "config": cfg.to_dict(), **notes})}
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    write_atomic(path, lambda temporary: save_file(state, temporary, metadata))
+
+
+def find_weights(source: Path) -> Path:
+    """The weights file that ``source``, a file or a run folder, stands for.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    source = Path(source)
+    in_run = [source / WEIGHTS, *(state / "model.safetensors" for state in states(source))]
+    candidates = [source] if source.is_file() else in_run
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"no weights at {source}: expected a .safetensors file or a run folder with {WEIGHTS}")
+
+
+def read_config(source: Path) -> Config:
+    """The configuration that a weights file or run folder was made with.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is not one of icf's.
+    """
+    source = Path(source)
+    if (source / CONFIG).is_file():
+        return Config.from_dict(yaml.safe_load((source / CONFIG).read_text()))
+    path = find_weights(source)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    if "icf" not in metadata:
+        raise ValueError(f"{path} holds no icf configuration; it was not written by icf")
+    return Config.from_dict(json.loads(metadata["icf"])["config"])
+
+
+def load_weights(model: nn.Module, source: Path, *, strict: bool = True) -> list[str]:
+    """Fill ``model`` from a weights file or run folder.
+
+    Args:
+        strict: every tensor has to be there, in its shape. Otherwise what differs keeps its initial value (a binary
+            model that starts a semantic one has another head, for example).
+
+    Returns:
+        The names of the parameters that kept their initial value.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: the file does not fit the model.
+    """
+    path = find_weights(source)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    own = model.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    missing = sorted(own.keys() - fitting.keys())
+    if strict and (missing or len(fitting) < len(state)):
+        surplus = sorted(state.keys() - fitting.keys())
+        raise ValueError(f"{path} does not fit the model: missing or of another shape {missing[:3]}, "
+                         f"surplus {surplus[:3]}")
+    if not fitting:
+        raise ValueError(f"{path} holds no parameter of the model")
+    model.load_state_dict(fitting, strict=False)
+    return missing
+
+
+def load_model(source: Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config]:
+    """The model of a weights file or run folder, in ``eval()`` on ``device``, and its configuration."""
+    from .model import ICF
+
+    cfg = read_config(source)
+    model = ICF(cfg.model, cfg.loss, pretrained=False)
+    load_weights(model, source)
+    return model.to(device).eval(), cfg
+
+
+def states(run: Path) -> list[Path]:
+    """The complete training states of a run folder, newest first."""
+    return sorted(Path(run).glob(f"{STATES}/step-*"), reverse=True)
+
+
+def save_state(accelerator, run: Path, step: int, keep: int = 2) -> None:
+    """Write the whole training state (weights, optimiser, schedule, scaler, progress); all processes call it.
+
+    The ``keep`` newest states stay. A state appears under its name only once it is complete.
+    """
+    path = Path(run) / STATES / f"step-{step:08d}"
+    partial = path.with_name(f".{path.name}.partial")  # one name for all processes
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and not path.exists():
+            os.replace(partial, path)
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+    if accelerator.is_main_process:
+        for old in states(run)[keep:]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()

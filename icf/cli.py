@@ -1,0 +1,222 @@
+"""The command line: ``icf train | evaluate | predict | data | info``. Parses, then calls one function each."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from .config import SUBSETS, Config, ToyConfig, build_config, config_parser
+
+DEFAULT_PRESET = "toy-s4"
+USAGE = """usage: icf COMMAND ...
+
+  train [PRESET]       train a model, evaluate it on the test split and write a report
+  evaluate RUN         score a run folder or weights file on a data set
+  predict SOURCE       segment what sounds in a video, or in a folder of frames with a wav file
+  data toy FOLDER      write the toy benchmark
+  data check ROOT      validate a data set, file by file
+  info                 versions, what was built, which operator can run where, and why not
+
+`icf COMMAND --help` lists the options. `icf train` alone trains a small model on the toy benchmark."""
+
+
+def presets() -> dict[str, Path]:
+    """The presets that come with the package, by name."""
+    folder = Path(str(files("icf.configs")))
+    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def preset_file(name: str) -> str:
+    if name not in presets() and not Path(name).is_file():
+        raise ValueError(f"no preset or YAML file {name!r}; presets: {', '.join(presets())}")
+    return str(presets().get(name, name))
+
+
+def config_of(source: Path) -> str:
+    """The configuration of a run folder or weights file, as YAML."""
+    from .checkpoint import read_config
+    return yaml.safe_dump(read_config(source).to_dict())
+
+
+def parse(own: argparse.ArgumentParser, args: list[str], base) -> tuple[argparse.Namespace, Config]:
+    """What a command was given: its own options, and the configuration.
+
+    Args:
+        own: the parser of the command's own options; a leading argument that is no option becomes its ``target``.
+        base: from the command's own options, the YAML file or text that the configuration starts from, if any. The
+            remaining options of ``args`` (``--train.lr 1e-3``) go on top.
+    """
+    fields = config_parser(prog=own.prog, usage=argparse.SUPPRESS, exit_on_error=False)
+    if {"-h", "--help"} & {*args}:
+        own.print_help()
+        print("\nfields of the configuration:")
+        fields.print_help()
+        sys.exit()
+    target, args = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
+    options, rest = own.parse_known_args(args)
+    options.target = target
+    start = base(options)
+    return options, build_config(fields, fields.parse_args([*(["--config", start] if start else []), *rest]))
+
+
+def train(args: list[str]) -> None:
+    own = command("train [PRESET]", "Train a model, evaluate it on the test split and write a report.",
+                  f"PRESET is a YAML file or one of: {', '.join(presets())}. The default is {DEFAULT_PRESET}.")
+    own.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+
+    def base(options) -> str:
+        if options.resume is None:
+            return preset_file(options.target or DEFAULT_PRESET)
+        if options.target is not None:
+            raise ValueError(f"train: --resume brings its own configuration; leave out the preset {options.target!r}")
+        return config_of(options.resume)
+
+    options, cfg = parse(own, args, base)
+    from .train import train as run
+    cfg.out = options.resume or cfg.out
+    run(cfg, resume=options.resume is not None)
+
+
+def evaluate(args: list[str]) -> None:
+    own = command("evaluate RUN", "Score a run folder or weights file, or the masks of any method.",
+                  "RUN may be left out with --masks; the configuration then comes from --config and the fields.")
+    own.add_argument("--split", choices=("train", "val", "test"), default="test")
+    own.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default a GPU if there is one")
+    own.add_argument("--save-masks", action="store_true", help="write the predicted masks as PNG files")
+    own.add_argument("--masks", type=Path, help="score the masks of this folder instead of a model's")
+
+    def base(options) -> str | None:
+        if options.target is None and options.masks is None:
+            raise ValueError("evaluate: a run folder or weights file is required, as in: icf evaluate runs/toy-s4")
+        return options.target and config_of(Path(options.target))
+
+    options, cfg = parse(own, args, base)
+    from .evaluate import evaluate as run
+    from .evaluate import evaluate_masks
+    if options.masks is not None:
+        evaluate_masks(options.masks, cfg, options.split, cfg.out)
+        return
+    device = pick_device(options.device)
+    run(load(options.target, device), cfg, options.split, cfg.out, device=device, save_masks=options.save_masks)
+
+
+def predict(args: list[str]) -> None:
+    own = command("predict SOURCE", "Segment what sounds in a video, or in a folder of frames with one wav file.",
+                  "Writes the overlay video with its sound, the masks, a contact sheet and predictions.json.")
+    own.add_argument("--weights", type=Path, default=Path("runs") / DEFAULT_PRESET, metavar="RUN",
+                     help="run folder or weights file (default: %(default)s)")
+    own.add_argument("--output", type=Path, help="folder to write to (default: predictions/NAME of the source)")
+    own.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default a GPU if there is one")
+    own.add_argument("--overlap", type=int, default=0, metavar="SECONDS", help="overlap of neighbouring windows")
+    own.add_argument("--silent-ok", action="store_true", help="treat a video without sound as silent")
+
+    def base(options) -> str:
+        if options.target is None:
+            raise ValueError("predict: a video file or a folder of frames is required, as in: icf predict CLIP.mp4")
+        return config_of(options.weights)
+
+    options, cfg = parse(own, args, base)
+    from .predict import predict as run
+    source, device = Path(options.target), pick_device(options.device)
+    run(load(options.weights, device), cfg, source, options.output or Path("predictions") / source.stem, device=device,
+        threshold=cfg.eval.threshold, silent_ok=options.silent_ok, overlap=options.overlap)
+
+
+def data(args: list[str]) -> None:
+    own = argparse.ArgumentParser(prog="icf data", description="Write the toy benchmark, or validate a data set.")
+    commands = own.add_subparsers(dest="command", required=True)
+    toy = commands.add_parser("toy", help="write the toy benchmark", description="Write the toy benchmark: real files "
+                              "in the layouts of AVSBench, the same for the same seed.")
+    defaults = ToyConfig()
+    toy.add_argument("folder", type=Path, nargs="?", default=Path("data/toy"))
+    toy.add_argument("--size", choices=("tiny", "small", "full"), default=defaults.size)
+    toy.add_argument("--seed", type=int, default=defaults.seed)
+    toy.add_argument("--bias", type=float, default=defaults.bias,
+                     help="share of training clips in which the salient shape sounds (default: %(default)s)")
+    toy.add_argument("--visible", type=int, nargs=2, default=defaults.visible, metavar=("MIN", "MAX"),
+                     help="shapes in a clip")
+    toy.add_argument("--subsets", nargs="+", choices=("s4", "ms3", "avss"), default=("s4", "ms3", "avss"))
+    check = commands.add_parser("check", help="validate a data set", description="Validate a data set file by file. "
+                                "Exit status: 0 clean, 1 warnings, 2 errors.")
+    check.add_argument("root", type=Path)
+    check.add_argument("--subset", choices=SUBSETS, required=True)
+    check.add_argument("--deep", action="store_true", help="open every file instead of headers only")
+    check.add_argument("--json", type=Path, help="also write the findings to this file")
+    options = own.parse_args(args)
+    if options.command == "toy":
+        from .data.toy import generate
+        generate(options.folder, size=options.size, seed=options.seed, bias=options.bias,
+                 visible=tuple(options.visible), subsets=tuple(options.subsets))
+        print(f"wrote {options.folder}")
+    else:
+        from .data.check import check as run
+        report = run(options.root, options.subset, deep=options.deep)
+        report.print()
+        if options.json:
+            report.write(options.json)
+        sys.exit(report.exit_code)
+
+
+def info(args: list[str]) -> None:
+    argparse.ArgumentParser(prog="icf info", description="Versions, what was built, which operator can run where, and "
+                            "why not.").parse_args(args)
+    from importlib.metadata import PackageNotFoundError, version
+
+    from icf_kernels.info import report
+
+    from . import __version__
+    print(f"icf {__version__}")
+    print(report())
+    for name in ("torchvision", "timm", "accelerate", "transformers", "diffusers", "triton", "laion_clap"):
+        try:
+            print(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            print(f"{name} is not installed")
+
+
+COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "data": data, "info": info}
+
+
+def command(usage: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"icf {usage}", description=description, epilog=epilog, add_help=False,
+                                   allow_abbrev=False, exit_on_error=False)
+
+
+def pick_device(name: str | None) -> str:
+    """The device asked for, or a GPU if there is one."""
+    import torch
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(source: str | Path, device: str):
+    from .checkpoint import load_model
+    return load_model(Path(source), device)[0]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. What a person can mend ends in one line on stderr and status 2; anything else is a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if argv else 2)
+    if argv[0] not in COMMANDS:
+        sys.exit(f"icf: no command {argv[0]!r}; one of: {', '.join(COMMANDS)}")
+    try:
+        COMMANDS[argv[0]](argv[1:])
+    except KeyboardInterrupt as stop:
+        sys.exit(f"icf {argv[0]}: {stop or 'interrupted'}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, argparse.ArgumentError) as error:
+        if os.getenv("ICF_TRACEBACK"):
+            raise
+        print(f"icf {argv[0]}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""AVSBench as people have it on disk: S4 (single source), MS3 (multiple sources) and AVSS (semantic)."""
+from __future__ import annotations
+
+import csv
+import json
+import mmap
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from icf.data import IGNORE, Clip
+from icf.data.audio import RATE, fit_examples, load_log_mel, load_wav, log_mel_examples, resample
+from icf.data.transforms import combo, resize_frame, resize_label
+
+if TYPE_CHECKING:
+    from icf.config import DataConfig
+
+SPLITS = ("train", "val", "test")
+FOLDERS = {"s4": ("Single-source",), "ms3": ("Multi-sources",), "avss": ("AVSBench_semantic", "avs_released")}
+METADATA = {"s4": "s4_meta_data.csv", "ms3": "ms3_meta_data.csv", "avss": "metadata.csv"}
+COLUMNS = {"s4": ("name", "start_time(s)", "category", "split"), "ms3": ("name", "split"),
+           "avss": ("vid", "uid", "s_min", "s_sec", "a_obj", "split", "label")}
+SECONDS = {"s4": 5, "ms3": 5, "v1s": 5, "v1m": 5, "v2": 10}
+CACHE_LIMIT = 2**30  # bytes of each kind of array that a data set keeps in memory
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where a clip lies: a picture and a label per second, of which the first `labelled` labels are used.
+
+    Args:
+        name: unique within the split.
+        source: `s4`, `ms3`, or the folder of AVSS: `v1s`, `v1m`, `v2`.
+        log_mel: the distributed log-mel file, which AVSS has not.
+    """
+
+    name: str
+    split: str
+    source: str
+    frames: tuple[Path, ...]
+    masks: tuple[Path | None, ...]
+    labelled: int
+    sound: Path
+    log_mel: Path | None = None
+    categories: tuple[str, ...] = ()
+
+
+def find_root(root: Path | str, subset: str) -> Path:
+    """The folder with the metadata of a subset: `root` itself or what AVSBench calls it below `root`.
+
+    Raises FileNotFoundError, naming what is looked for.
+    """
+    root = Path(root)
+    candidates = [root, *(root / name for name in FOLDERS[subset])]
+    for folder in candidates:
+        if (folder / METADATA[subset]).is_file():
+            return folder
+    wanted = " or ".join(str(folder / METADATA[subset]) for folder in candidates)
+    raise FileNotFoundError(f"data.root: no AVSBench {subset} here, expected {wanted}")
+
+
+def read_metadata(folder: Path, subset: str) -> list[dict[str, str]]:
+    """Rows of the metadata by the names of `COLUMNS`, spaces trimmed. A file without these names in its first line is
+    read by position. Raises ValueError where a row has too few values."""
+    path, columns = folder / METADATA[subset], COLUMNS[subset]
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        lines = [[cell.strip() for cell in line] for line in csv.reader(file)]
+    lines = [line for line in lines if any(line)]
+    if not lines:
+        raise ValueError(f"{path}: the file is empty")
+    header = ["start_time(s)" if cell.lower().startswith("start") else cell.lower() for cell in lines[0]]
+    if "split" in header:
+        lines = lines[1:]
+    if not set(columns) - {"start_time(s)", "vid", "s_min", "s_sec", "a_obj"} <= set(header):
+        header = list(columns)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if len(line) < len(header):
+            raise ValueError(f"{path}: row {number} has {len(line)} values, expected {', '.join(header)}")
+        rows.append(dict(zip(header, line, strict=False)))
+    return rows
+
+
+def read_index(folder: Path, subset: str) -> list[Record]:
+    """All clips that the metadata of a subset names, with the paths where their files should be."""
+    rows = read_metadata(folder, subset)
+    if subset != "avss":
+        return [_binary_record(folder / f"{subset}_data", subset, row) for row in rows]
+    twice = {key for key, n in Counter((row["split"], row["uid"]) for row in rows).items() if n > 1}
+    return [_semantic_record(folder, row, (row["split"], row["uid"]) in twice) for row in rows]
+
+
+def _binary_record(base: Path, subset: str, row: dict[str, str]) -> Record:
+    name, split, seconds = row["name"], row["split"], range(1, SECONDS[subset] + 1)
+    if subset == "s4":
+        clip = Path(split, row["category"], name)
+        frames, stem = base / "visual_frames" / clip, name
+    else:
+        clip = Path(split, name)
+        frames = base / "visual_frames" / name
+        stem = name if (frames / f"{name}_1.png").exists() else f"{name}.mp4"  # re-packed copies lack the `.mp4`
+    return Record(
+        name=name, split=split, source=subset,
+        frames=tuple(frames / f"{stem}_{i}.png" for i in seconds),
+        masks=tuple(base / "gt_masks" / clip / f"{name}_{i}.png" for i in seconds),
+        labelled=1 if (subset, split) == ("s4", "train") else len(seconds),
+        sound=base / "audio_wav" / clip.with_name(f"{name}.wav"),
+        log_mel=base / "audio_log_mel" / clip.with_name(f"{name}.pkl"),
+        categories=(row["category"],) if subset == "s4" else ())
+
+
+def _semantic_record(folder: Path, row: dict[str, str], ambiguous: bool) -> Record:
+    label, uid = row["label"], row["uid"]
+    if label not in SECONDS:
+        raise ValueError(f"{folder / METADATA['avss']}: label of {uid} must be v1s, v1m or v2, got {label!r}")
+    clip, seconds = folder / label / uid, range(SECONDS[label])
+    return Record(
+        name=f"{label}_{uid}" if ambiguous else uid, split=row["split"], source=label,
+        frames=tuple(clip / "frames" / f"{i}.jpg" for i in seconds),
+        masks=tuple(clip / "labels_semantic" / f"{i}.png" for i in seconds),
+        labelled=1 if (label, row["split"]) == ("v1s", "train") else len(seconds),
+        sound=clip / "audio.wav")
+
+
+def read_classes(folder: Path) -> list[str]:
+    """Class names in the order of their indices, from AVSS' `label2idx.json`. Raises ValueError unless background is 0
+    and the indices have no gap, as in a copy that is known to start at 1."""
+    path = folder / "label2idx.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, it numbers the classes of AVSS")
+    numbers = json.loads(path.read_text(encoding="utf-8"))
+    names = sorted(numbers, key=numbers.get)
+    if numbers.get("background") != 0 or [numbers[name] for name in names] != list(range(len(names))):
+        raise ValueError(f"{path}: expected background 0 and indices without gap, got background "
+                         f"{numbers.get('background')} and {min(numbers.values())}..{max(numbers.values())} "
+                         f"for {len(names)} names")
+    return names
+
+
+def class_palette(classes: int) -> np.ndarray:
+    """Colours [classes,3] uint8 RGB of AVSBench's `labels_rgb`, for at most 256 classes: the bits of the class index go
+    to red, green and blue in turn, most significant bit first."""
+    index = np.arange(classes)
+    colours = np.zeros((classes, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+def open_picture(path: Path) -> Image.Image:
+    """An opened, not yet decoded picture. Raises FileNotFoundError or ValueError, naming the file."""
+    try:
+        return Image.open(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing; `icf data check` lists all that is") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+
+
+def read_frame(path: Path, size: int, crop: bool = False) -> Tensor:
+    """A picture as [3,size,size] uint8; see `resize_frame`."""
+    with open_picture(path) as image:
+        try:
+            return resize_frame(image, size, crop)
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{path}: cannot be decoded ({error})") from error
+
+
+def read_label(path: Path) -> np.ndarray:
+    """Values of a label [H,W], or [H,W,channels] without alpha; a palette file is read by index."""
+    with open_picture(path) as image:
+        try:
+            values = np.array(image)
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{path}: cannot be decoded ({error})") from error
+        return values[..., :-1] if image.mode in ("LA", "RGBA") else values
+
+
+def binary_mask(values: np.ndarray) -> np.ndarray:
+    """A label of any kind as [H,W] uint8 of 0 and 1: the largest channel above 127, or above 0 in files of 0 and 1."""
+    if values.ndim == 3:
+        values = values.max(axis=2)
+    return (values > (0 if values.max() == 1 else 127)).astype(np.uint8)
+
+
+def semantic_mask(values: np.ndarray, classes: int, path: Path) -> np.ndarray:
+    """A label of class indices as [H,W] uint8. Raises ValueError for several channels or an index that is no class."""
+    if values.ndim != 2:
+        raise ValueError(f"{path}: expected one channel of class indices, got {values.shape[2]} channels")
+    values = values.astype(np.uint8)
+    if (highest := values.max(initial=0, where=values != IGNORE)) >= classes:
+        raise ValueError(f"{path}: expected class indices below {classes}, got {highest}")
+    return values
+
+
+class Memory:
+    """One tensor of the same shape per clip, computed once, in memory that forked loader processes share.
+
+    Anonymous shared pages rather than tensors of torch.multiprocessing: they need no room in /dev/shm, of which
+    containers have little. A process started in another way begins with a memory of its own.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, ...], dtype: torch.dtype):
+        self.arguments = count, shape, dtype
+        size = count * dtype.itemsize * int(np.prod(shape))
+        self.known = self.values = None
+        if 0 < size <= CACHE_LIMIT:
+            self.known = torch.frombuffer(mmap.mmap(-1, count), dtype=torch.uint8)
+            self.values = torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(count, *shape)
+
+    def __reduce__(self):
+        return Memory, self.arguments
+
+    def get(self, index: int, compute: Callable[[], Tensor]) -> Tensor:
+        """What was stored for the clip, else the result of `compute`; free to be changed by the caller."""
+        if self.values is None:
+            return compute()
+        if not self.known[index]:
+            self.values[index] = compute()
+            self.known[index] = 1
+        return self.values[index].clone()
+
+
+class AVSBench(torch.utils.data.Dataset):
+    """One split of S4, MS3 or AVSS.
+
+    Frames are `data.size` square: S4 and MS3 as they are (or resized), AVSS by the shorter edge and the middle in
+    training, squeezed otherwise, as the published loaders do. Clips with fewer than `data.frames` frames are padded and
+    say so in `frame_mask`.
+
+    Args:
+        data: see `icf.config.DataConfig`.
+        split: `train`, `val` or `test`.
+
+    Attributes:
+        classes: names by index, the first `background`; [] for binary masks.
+        names: of the clips, in the order of the metadata.
+        groups: `aligned` or `conflicting` for every clip of the toy benchmark, else {}.
+        seed: of the augmentation, which is drawn from (seed, epoch, index).
+
+    Raises:
+        FileNotFoundError: root, metadata, or later a file that they name, is missing.
+        ValueError: a setting is out of range, or a file does not hold what it should.
+    """
+
+    def __init__(self, data: DataConfig, split: str):
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
+        if data.audio_source == "pkl" and (data.subset not in ("s4", "ms3") or data.audio_timing != "vggish"):
+            raise ValueError("data.audio_source: pkl needs data.subset s4 or ms3, for which such files were published, "
+                             f"and data.audio_timing vggish, got {data.subset} and {data.audio_timing}")
+        self.data, self.subset, self.split, self.seed = data, data.subset, split, 0
+        self.root, records, self.classes = self._find()
+        self.records = [record for record in records if record.split == split]
+        if not self.records:
+            raise ValueError(f"data.root: {self.root} names no clip of split {split!r}")
+        self.names = [record.name for record in self.records]
+        self.augmented = data.augmentation == "combo" and split == "train"
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader processes see it change
+        count, side = len(self.records) if data.cache else 0, (data.size, data.size)
+        self._log_mels = Memory(count, (data.frames, 1, 96, 64), torch.float32)
+        self._frames = Memory(count, (data.frames, 3, *side), torch.uint8)
+        self._masks = Memory(count, (data.frames, *side), torch.uint8)
+
+    def _find(self) -> tuple[Path, list[Record], list[str]]:
+        """Where the data lie, the clips of all splits with the labels that are used, and the classes."""
+        data = self.data
+        if data.subset not in FOLDERS:
+            raise ValueError(f"data.subset: expected one of {tuple(FOLDERS)}, got {data.subset!r}")
+        root = find_root(data.root, data.subset)
+        records = [_supervise(record, data.supervision) for record in read_index(root, data.subset)]
+        return root, records, read_classes(root) if data.subset == "avss" else []
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Clip:
+        return self._clip(index, self._log_mels.get(index, lambda: self._examples(index)))
+
+    @property
+    def groups(self) -> dict[str, str]:
+        path = self.root / "toy_manifest.json"
+        clips = json.loads(path.read_text())["clips"] if path.is_file() else []
+        return {clip["name"]: clip["group"] for clip in clips if clip["split"] == self.split}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random numbers of the augmentation, for loaders that are running as well."""
+        self._epoch.fill_(epoch)
+
+    def frame_path(self, index: int, t: int) -> Path:
+        return self.records[index].frames[t]
+
+    def waveform(self, index: int) -> tuple[Tensor, int]:
+        """The sound of a clip: float32 [n] and its rate, always 16000 Hz."""
+        return resample(*load_wav(self.records[index].sound)), RATE
+
+    def with_audio(self, index: int, waveform: Tensor) -> Clip:
+        """A clip with another sound, [n] at 16 kHz, through the front end of all clips."""
+        return self._clip(index, self._examples(index, waveform))
+
+    def _clip(self, index: int, log_mel: Tensor) -> Clip:
+        record, steps = self.records[index], torch.arange(self.data.frames)
+        frames = self._frames.get(index, lambda: self._read_frames(record))
+        masks = self._masks.get(index, lambda: self._read_masks(record))
+        if self.augmented:
+            # Draws of neighbouring seeds are alike in torch's generator; a multiplier keeps the seeds apart.
+            seed = ((self.seed * 1_000_003 + self._epoch.item()) * 1_000_003 + index) * 0x9E3779B97F4A7C15 % 2**63
+            frames, masks = combo(frames, masks, torch.Generator().manual_seed(seed), scale=self.subset != "avss")
+        real = steps < len(record.frames)
+        frames[~real], masks[~real] = 0, 0
+        return Clip(frames, log_mel, masks, real, steps < record.labelled, record.name, record.categories)
+
+    def _examples(self, index: int, waveform: Tensor | None = None) -> Tensor:
+        """[T,1,96,64]: as many examples as there are frames, completed as the subset wants it, then zeros."""
+        record = self.records[index]
+        if waveform is None and self.data.audio_source == "pkl":
+            examples = load_log_mel(record.log_mel)
+        else:
+            waveform = self.waveform(index)[0] if waveform is None else waveform
+            examples = log_mel_examples(waveform, self.data.audio_timing)
+        real = min(len(record.frames), self.data.frames)
+        examples = fit_examples(examples, real, "zero" if self.subset == "avss" else "repeat")
+        return fit_examples(examples, self.data.frames, "zero")
+
+    @property
+    def _crop(self) -> bool:
+        return self.subset == "avss" and self.split == "train"
+
+    def _read_frames(self, record: Record) -> Tensor:
+        size = self.data.size
+        frames = torch.zeros(self.data.frames, 3, size, size, dtype=torch.uint8)
+        for i, path in enumerate(record.frames[:self.data.frames]):
+            frames[i] = read_frame(path, size, self._crop)
+        return frames
+
+    def _read_masks(self, record: Record) -> Tensor:
+        size = self.data.size
+        masks = torch.zeros(self.data.frames, size, size, dtype=torch.uint8)
+        for i, path in enumerate(record.masks[:min(record.labelled, self.data.frames)]):
+            if path is None:  # own clips may lack some labels
+                continue
+            values = read_label(path)
+            mask = semantic_mask(values, len(self.classes), path) if self.classes else binary_mask(values)
+            masks[i] = resize_label(mask, size, self._crop)
+        return masks
+
+
+def _supervise(record: Record, supervision: str) -> Record:
+    if supervision == "auto":
+        return record
+    return replace(record, labelled=1 if supervision == "first" else len(record.frames))

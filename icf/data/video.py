@@ -1,0 +1,309 @@
+"""Video files in and out through PyAV (FFmpeg's libraries), frame by frame, in memory that does not grow with length.
+
+Time 0 is the first picture of a file. Pictures and sound are placed by their time stamps, never by counting, so that
+variable frame rates, a late sound track and gaps in it come out right. Sound is 16 kHz mono float32 in -1..1.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+
+import av
+import numpy as np
+from av.stream import Disposition
+
+SOUND_RATE = 16000
+SOUND_JUMP = Fraction(1, 20)  # seconds between two pieces of sound from which the time stamps are believed: a gap
+COPIED_SOUND = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac"}  # what players accept inside an mp4
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file as `open_video` found it.
+
+    Attributes:
+        path: the file.
+        width, height: of a picture, in pixels, with the rotation of the file applied.
+        duration: seconds as the file declares them, None where it does not.
+        frame_rate: mean pictures per second.
+        time_base: seconds per tick of the time stamps.
+        start: time stamp of the first picture, in seconds of the file's clock.
+        sound: the file with the sound track, None where there is none.
+    """
+
+    path: Path
+    width: int
+    height: int
+    duration: float | None
+    frame_rate: Fraction
+    time_base: Fraction
+    start: Fraction
+    sound: Path | None
+
+    def frames(self) -> Iterator[tuple[Fraction, np.ndarray]]:
+        """All pictures in order: time in seconds since the first, and [height, width, 3] uint8 RGB, upright.
+
+        Pictures whose size differs from the first are scaled to it, those without a later time stamp than the one
+        before are left out. Raises ValueError where the file cannot be decoded or ends long before its declared end.
+        """
+        for time, frame, size, _ in _decoded(self.path):
+            yield time, _upright(frame, size)
+
+    def sampled(
+        self, fps: Fraction | float = 1, offset: Fraction | float = Fraction(15, 16)
+    ) -> Iterator[tuple[Fraction, np.ndarray]]:
+        """The picture on show at (i + offset) / fps seconds for i = 0, 1, ...: its own time, [height, width, 3] uint8.
+
+        The defaults are those of AVSBench: one picture a second, 15/16 s into it. A last interval that is cut short
+        gives its last picture when at least half of it is there; the first interval always gives one.
+
+        Raises:
+            ValueError: as `frames`, or an argument out of range.
+        """
+        fps, offset = Fraction(fps), Fraction(offset)
+        if fps <= 0 or not 0 <= offset < 1:
+            raise ValueError(f"fps and offset: expected above 0 and in 0..1, got {float(fps)} and {float(offset)}")
+        index, shown, end = 0, None, Fraction(0)
+        for time, frame, size, step in _decoded(self.path):
+            while shown is not None and time > (index + offset) / fps:
+                yield shown[0], _upright(*shown[1:])
+                index += 1
+            shown, end = (time, frame, size), time + step
+        while index == 0 or end > (index + offset) / fps or end * fps - index >= Fraction(1, 2):
+            yield shown[0], _upright(*shown[1:])
+            index += 1
+
+
+def open_video(path: Path, silent_ok: bool = False) -> Video:
+    """Look at a file and decode its first picture.
+
+    Args:
+        path: any video that FFmpeg reads.
+        silent_ok: accept a file without a sound track.
+
+    Raises:
+        ValueError: one line naming the file, when it is missing or broken or lacks pictures or sound.
+    """
+    path = Path(path)
+    with _opened(path) as container:
+        stream = _picture_stream(container, path)
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise ValueError(f"{path}: the video stream holds no picture")
+        if not container.streams.audio and not silent_ok:
+            raise ValueError(f"{path}: no sound track; allow silence (silent_ok) to go on without sound")
+        height, width = _upright(frame).shape[:2]
+        return Video(path, width, height, _declared(container, stream), _rate(stream), stream.time_base,
+                     start=_time(frame) or Fraction(0), sound=path if container.streams.audio else None)
+
+
+def read_sound(path: Path, start: Fraction | float = 0) -> Iterator[np.ndarray]:
+    """Sound of a video or sound file in pieces of float32 [n], 16 kHz mono, beginning at `start` of the file's clock.
+
+    What the time stamps leave out, before the first piece or within, is filled with zeros.
+
+    Raises:
+        ValueError: one line naming the file, when it has no sound track or it cannot be decoded.
+    """
+    with _opened(path) as container:
+        if not container.streams.audio:
+            raise ValueError(f"{path}: no sound track")
+        clock, resampler, coding, surplus = Fraction(start), None, None, 0  # surplus: samples from before `start`
+        for frame in chain(container.decode(container.streams.audio[0]), [None]):
+            pieces, time, now = [], clock, None
+            if frame is not None:
+                time = clock if frame.pts is None else _time(frame)
+                now = (frame.format.name, frame.layout.name, frame.sample_rate)
+            if resampler is not None and (now != coding or time - clock > SOUND_JUMP):
+                pieces += _resampled(resampler, None)
+                resampler = None
+            if frame is not None:
+                if resampler is None:
+                    resampler, coding = av.AudioResampler("fltp", frame.layout, SOUND_RATE), now
+                    samples = round((time - clock) * SOUND_RATE)
+                    pieces.append(np.zeros(max(samples, 0), np.float32))
+                    surplus += max(-samples, 0)
+                pieces += _resampled(resampler, frame)
+                clock = time + Fraction(frame.samples, frame.sample_rate)
+            for piece in pieces:
+                if len(piece) > surplus:
+                    yield piece[surplus:]
+                surplus = max(surplus - len(piece), 0)
+
+
+def write_video(
+    out: Path, frames: Iterable[tuple[Fraction, np.ndarray]], frame_rate: Fraction, time_base: Fraction,
+    sound: Path | None = None, sound_start: Fraction = Fraction(0),
+) -> None:
+    """Write an H.264 mp4 of all `frames` at their own times, with the sound of another file.
+
+    The sound is copied bit for bit where mp4 players accept its coding, and becomes AAC otherwise. An odd width or
+    height, which H.264 lacks, is made even by repeating the last column or row. The file appears under its name when
+    it is complete.
+
+    Args:
+        out: where to write.
+        frames: time in seconds, increasing, and [height, width, 3] uint8 RGB, all of one size.
+        frame_rate: pictures per second; the last one is shown for 1 / frame_rate.
+        time_base: seconds per tick, fine enough for the times.
+        sound: a file with a sound track.
+        sound_start: the moment of that file's clock that belongs to time 0.
+
+    Raises:
+        ValueError: there is no frame, or the sound cannot be read.
+        RuntimeError: PyAV was built without an H.264 encoder.
+    """
+    if "libx264" not in av.codecs_available:
+        raise RuntimeError("write_video: this build of PyAV has no libx264; the wheels of `pip install av` have it")
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError(f"{out}: there is no frame to write")
+    partial = out.with_name(f".{out.name}.part")
+    try:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            height, width = first[1].shape[:2]
+            picture = _picture_encoder(container, width + width % 2, height + height % 2, frame_rate, time_base)
+            source = iter(()) if sound is None else _sound_packets(container, sound, sound_start)
+            packet = next(source, None)
+            for time, image in chain([first], frames):
+                while packet is not None and packet.dts * packet.time_base <= time:
+                    container.mux(packet)
+                    packet = next(source, None)
+                container.mux(_encoded(picture, time, image))
+            container.mux(_finished(picture))
+            container.mux([] if packet is None else [packet])
+            for packet in source:
+                container.mux(packet)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(path: Path):
+    """The container of `path`; whatever FFmpeg dislikes becomes one ValueError that names the file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with av.open(str(path)) as container:
+            yield container
+    except (av.error.FFmpegError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{path}: cannot be read as video or sound ({reason})") from error
+
+
+def _picture_stream(container, path: Path):
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:  # the cover of a sound file
+            stream.thread_type = "AUTO"
+            return stream
+    raise ValueError(f"{path}: no video stream")
+
+
+def _decoded(path: Path) -> Iterator[tuple[Fraction, av.VideoFrame, tuple[int, int], Fraction]]:
+    """Time since the first picture, the picture, (width, height) of the first as stored, and seconds per picture."""
+    with _opened(path) as container:
+        stream = _picture_stream(container, path)
+        step = 1 / _rate(stream)
+        start = last = size = None
+        for frame in container.decode(stream):
+            time = _time(frame)
+            if time is None:
+                time = Fraction(0) if last is None else last + step
+            if last is not None and time <= last:
+                continue
+            last = time
+            if start is None:
+                start, size = time, (frame.width, frame.height)
+            yield time - start, frame, size, step
+        if start is None:
+            raise ValueError(f"{path}: the video stream holds no picture")
+        declared = stream.duration and float(stream.duration * stream.time_base)
+        found = float(last - start + step)
+        if declared and found < 0.9 * declared - 1:  # ends of edited files are often a little off
+            raise ValueError(f"{path}: is cut off: its pictures end at {found:.1f} s of {declared:.1f} s")
+
+
+def _declared(container, stream) -> float | None:
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return container.duration / av.time_base if container.duration else None
+
+
+def _rate(stream) -> Fraction:
+    return Fraction(stream.average_rate or stream.guessed_rate or 25)
+
+
+def _time(frame) -> Fraction | None:
+    return None if frame.pts is None else frame.pts * Fraction(frame.time_base)
+
+
+def _upright(frame: av.VideoFrame, size: tuple[int, int] | None = None) -> np.ndarray:
+    """[height, width, 3] uint8 RGB, turned as the file asks."""
+    width, height = size or (frame.width, frame.height)
+    image = frame.to_ndarray(format="rgb24", width=width, height=height)
+    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
+
+
+def _resampled(resampler: av.AudioResampler, frame: av.AudioFrame | None) -> list[np.ndarray]:
+    """The mean of the channels; FFmpeg's own mixing to mono would make two equal channels louder by 3 dB."""
+    return [piece.to_ndarray().mean(axis=0) for piece in resampler.resample(frame)]
+
+
+def _picture_encoder(container, width: int, height: int, frame_rate: Fraction, time_base: Fraction):
+    stream = container.add_stream("libx264", rate=frame_rate, options={"crf": "18", "preset": "veryfast"})
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    stream.time_base = stream.codec_context.time_base = time_base
+    context = stream.codec_context
+    context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1  # BT.709, limited range
+    return stream
+
+
+def _encoded(stream, time: Fraction, image: np.ndarray) -> list[av.Packet]:
+    height, width = image.shape[:2]
+    if (width, height) != (stream.width, stream.height):
+        image = np.pad(image, ((0, stream.height - height), (0, stream.width - width), (0, 0)), "edge")
+    frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
+    frame.time_base = stream.codec_context.time_base
+    frame.pts = round(time / frame.time_base)
+    return _timed(stream, stream.encode(frame))
+
+
+def _finished(stream) -> list[av.Packet]:
+    return _timed(stream, stream.encode(None))
+
+
+def _timed(stream, packets: list[av.Packet]) -> list[av.Packet]:
+    """Give packets a duration, from which the length of the last picture is taken."""
+    for packet in packets:
+        packet.duration = packet.duration or round(1 / (stream.average_rate * packet.time_base))
+    return packets
+
+
+def _sound_packets(container, path: Path, start: Fraction) -> Iterator[av.Packet]:
+    """Packets for a sound track that the first step adds to `container`, with `start` of the file moved to time 0."""
+    with _opened(path) as source:
+        if not source.streams.audio:
+            raise ValueError(f"{path}: no sound track")
+        track = source.streams.audio[0]
+        shift = round(start / track.time_base)
+        if track.codec_context.name in COPIED_SOUND:
+            target = container.add_stream_from_template(track)
+            for packet in source.demux(track):
+                if packet.dts is not None:
+                    packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, target
+                    yield packet
+            return
+        layout = "mono" if track.channels == 1 else "stereo"
+        target = container.add_stream("aac", rate=min(track.rate, 48000), layout=layout)
+        for frame in source.decode(track):
+            if frame.pts is not None:
+                frame.pts -= shift
+            yield from target.encode(frame)
+        yield from target.encode(None)

@@ -1,0 +1,32 @@
+"""Weight files that users bring along, read without running code from them."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def read_weights(key: str, path: str) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` or torch file by name. `key`: the configuration key that an error names.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of tensors; a torch file may hold nothing else, or all of them under `state_dict`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{key}: there is no file {str(path)!r}")
+    try:
+        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{key}: {path} cannot be read as weights ({first_line(error)})") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{key}: {path} holds something other than named tensors")
+    return state
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, short enough to be quoted in another."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]

@@ -1,0 +1,146 @@
+"""Segmentation losses, Eq. 18, for the dense and the matched (Mask2Former) head, and the record of named terms."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+IGNORE = 255
+NO_OBJECT = 0.1
+"""Weight of queries without a mask in the class term *(COMBO)*."""
+
+
+class Losses(NamedTuple):
+    """What a training step returns: the number to differentiate, and its parts by name, all 0-dim."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+    def detached(self) -> dict[str, Tensor]:
+        """`total` and the terms without graph, still on their device."""
+        return {name: value.detach() for name, value in {"total": self.total, **self.terms}.items()}
+
+
+def dense_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """BCE, dice and focal loss of one foreground, each the mean over frames, summed over heads.
+
+    Args:
+        logits: [P,N,1,h,w] of P heads, enlarged to the size of the masks.
+        masks: [N,H,W] uint8, 0/1, 255 where it is not known.
+    """
+    heads, n = logits.shape[:2]
+    known = (masks != IGNORE).float()                                                                   # [N, H, W]
+    target = (masks == 1).float()
+    x = F.interpolate(logits.float().flatten(0, 1), size=masks.shape[1:], mode="bilinear", align_corners=False)
+    x = x.view(heads, n, *masks.shape[1:])                                                              # [P, N, H, W]
+    entropy = (F.softplus(x) - x * target) * known
+    probability = x.sigmoid() * known
+    count = known.sum().clamp(min=1)
+    target = target.expand_as(x)
+    return {"bce": entropy.sum() / count,
+            "dice": _dice(probability.flatten(2), target.flatten(2)).mean(1).sum(),
+            "focal": _focal(entropy, target).sum() / count}
+
+
+def matched_losses(class_logits: Tensor, mask_logits: Tensor, masks: Tensor,
+                   preset: str = "paper") -> dict[str, Tensor]:
+    """Class, BCE and dice terms after Hungarian matching of queries to the classes of a frame, summed over heads.
+
+    Costs are 2 class, 5 BCE, 5 dice; terms of masks are means over the matched pairs. A mask is compared at a quarter
+    as many points as it has pixels, 12,544 at 224 x 224 *(COMBO)*: random ones for matching, for the loss three
+    quarters of them where the prediction is least certain.
+
+    Args:
+        class_logits: [P,N,Q,K+1] of P heads, the last for "no object".
+        mask_logits: [P,N,Q,h,w].
+        masks: [N,H,W] uint8, class index; with K = 1, 0/1 and only foreground is matched. 255 belongs to no mask.
+        preset: the class term `focal` (sigmoid focal loss on K+1 outputs) with `paper`, `ce` with `combo`.
+    """
+    mask_logits, class_logits = mask_logits.float(), class_logits.float()
+    classes = class_logits.shape[-1] - 1
+    points = masks.shape[1] * masks.shape[2] // 4
+    labels, targets = _targets(masks, classes)                              # [N, G] (-1: none), [N, G, H, W]
+    pairs = _match(class_logits, mask_logits, labels, targets, points)      # [P, 3, R]: frame, query, mask
+    pairs_count = max(1, pairs.shape[2])
+    zero = mask_logits.sum() * 0                                            # keeps the graph where nothing is matched
+    terms = {"focal" if preset == "paper" else "ce": zero, "bce": zero, "dice": zero}
+    for scores, logits, (frame, query, mask) in zip(class_logits, mask_logits, pairs, strict=True):
+        wanted = torch.full(scores.shape[:2], classes, device=scores.device)
+        wanted[frame, query] = labels[frame, mask]
+        weight = torch.where(wanted == classes, NO_OBJECT, 1.0)
+        if preset == "paper":
+            one_hot = F.one_hot(wanted, classes + 1).float()
+            error = _focal(F.softplus(scores) - scores * one_hot, one_hot).sum(-1)
+            terms["focal"] = terms["focal"] + (weight * error).sum() / weight.sum()
+        else:
+            error = F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), reduction="none")
+            terms["ce"] = terms["ce"] + (weight.flatten() * error).sum() / weight.sum()
+        if pairs.shape[2]:
+            x, target = _uncertain_points(logits[frame, query], targets[frame, mask], points)
+            terms["bce"] = terms["bce"] + F.binary_cross_entropy_with_logits(x, target)
+            terms["dice"] = terms["dice"] + _dice(x.sigmoid(), target).sum() / pairs_count
+    return terms
+
+
+def _dice(probability: Tensor, target: Tensor) -> Tensor:
+    """1 - (2 |p t| + 1) / (|p| + |t| + 1) over the last axis; an empty mask met by an empty prediction costs 0."""
+    overlap = (probability * target).sum(-1)
+    return 1 - (2 * overlap + 1) / (probability.sum(-1) + target.sum(-1) + 1)
+
+
+def _focal(entropy: Tensor, target: Tensor, alpha: float = 0.25, gamma: int = 2) -> Tensor:
+    """Sigmoid focal loss from the binary cross entropy -log p_t: alpha_t (1 - p_t)^gamma (-log p_t)."""
+    return ((1 - alpha) + (2 * alpha - 1) * target) * (-torch.expm1(-entropy)) ** gamma * entropy
+
+
+def _targets(masks: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Classes present in each frame, [N,G] int64 filled up with -1, and their masks, [N,G,H,W] float32."""
+    first = 1 if classes == 1 else 0
+    present = torch.zeros(len(masks), 256, dtype=torch.bool, device=masks.device)
+    present.scatter_(1, masks.flatten(1).long(), True)
+    rows = [row.nonzero()[:, 0] for row in present[:, first:first + classes].cpu()]
+    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(masks.device)
+    return labels, (masks[:, None] == torch.where(labels < 0, -1, labels + first)[..., None, None]).float()
+
+
+@torch.no_grad()
+def _match(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, targets: Tensor, points: int) -> Tensor:
+    """Pairs of least cost for every head: [P,3,R] int64, rows frame, query, mask. The costs leave the device once."""
+    grid = 2 * torch.rand(len(targets), 1, points, 2, device=targets.device) - 1
+    target = _sample(targets, grid)                                                                     # [N, G, X]
+    costs = []
+    for scores, logits in zip(class_logits, mask_logits, strict=True):
+        x = _sample(logits, grid)                                                                       # [N, Q, X]
+        overlap = x.sigmoid() @ target.transpose(1, 2)                                                  # [N, Q, G]
+        dice = 1 - (2 * overlap + 1) / (x.sigmoid().sum(-1)[..., None] + target.sum(-1)[:, None] + 1)
+        entropy = (F.softplus(x).sum(-1)[..., None] - x @ target.transpose(1, 2)) / points
+        wanted = labels.clamp(min=0)[:, None].expand(-1, scores.shape[1], -1)
+        costs.append(5 * dice + 5 * entropy - 2 * scores.softmax(-1).gather(2, wanted))
+    costs = torch.stack(costs).cpu()                                                                    # [P, N, Q, G]
+    counts = (labels >= 0).sum(1).tolist()
+    heads = []
+    for head in costs.numpy():
+        pairs = [(n, *pair) for n, (cost, count) in enumerate(zip(head, counts, strict=True))
+                 for pair in zip(*linear_sum_assignment(cost[:, :count]), strict=True)]
+        heads.append(torch.tensor(pairs, dtype=torch.int64).view(-1, 3).T)
+    return torch.stack(heads).to(labels.device)
+
+
+def _uncertain_points(logits: Tensor, targets: Tensor, points: int) -> tuple[Tensor, Tensor]:
+    """Logits and targets of R masks at points, three quarters of which are the least certain of `3 points`: [R,X]."""
+    n, certain = len(logits), points - 3 * points // 4
+    with torch.no_grad():
+        grid = 2 * torch.rand(n, 1, 3 * points, 2, device=logits.device) - 1
+        nearest = _sample(logits[:, None], grid)[:, 0].abs().topk(points - certain, 1, largest=False).indices
+        chosen = grid[:, 0].gather(1, nearest[..., None].expand(-1, -1, 2))
+        grid = torch.cat([chosen, 2 * torch.rand(n, certain, 2, device=logits.device) - 1], 1)[:, None]
+        target = _sample(targets[:, None], grid)[:, 0]
+    return _sample(logits[:, None], grid)[:, 0], target
+
+
+def _sample(maps: Tensor, grid: Tensor) -> Tensor:
+    """maps: [N,C,H,W]; grid: [N,1,X,2] in -1..1 -> [N,C,X], bilinear."""
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)[:, :, 0]

@@ -1,0 +1,59 @@
+"""Registration: schemas, shapes, gradients, limits. Imports torch only."""
+import torch
+
+from .._common import backend as backends
+from .._common.library import define, kernel
+from . import reference
+
+CAN_RUN = backends.CAN_RUN
+
+
+def _pairs(sizes):
+    return list(zip(sizes[::2], sizes[1::2], strict=True))
+
+
+def _reference(op, value, sizes, *rest):
+    if op == "ms_deform_attn":
+        return reference.ms_deform_attn(value, _pairs(sizes), None, *rest)
+    return reference.ms_deform_attn_fused(value, _pairs(sizes), *rest)
+
+
+def _define(op, arguments):
+    """The operator and its backward. The backward's own gradient is that of the definition in plain PyTorch."""
+
+    def setup_context(ctx, inputs, output):
+        value, ctx.sizes, *rest = inputs
+        ctx.save_for_backward(value, *rest)
+
+    def backward(ctx, backend, grad):
+        value, *rest = ctx.saved_tensors
+        grad_value, *grads = kernel(f"{op}_backward", backend)(grad.contiguous(), value, ctx.sizes, *rest)
+        return grad_value, None, *grads
+
+    def setup_second(ctx, inputs, output):
+        grad, value, ctx.sizes, *rest = inputs
+        ctx.save_for_backward(grad, value, *rest)
+
+    def second(ctx, backend, *grads):
+        with torch.enable_grad():
+            grad, *inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            out = _reference(op, inputs[0], ctx.sizes, *inputs[1:])
+            first = torch.autograd.grad(out, inputs, grad, create_graph=True)
+            grad_grad, grad_value, *rest = torch.autograd.grad(first, [grad, *inputs], grads, allow_unused=True)
+        return grad_grad, grad_value, None, *rest
+
+    def fake(value, sizes, *rest):
+        return value.new_empty(value.shape[0], rest[-1].shape[1], value.shape[2] * value.shape[3])
+
+    def fake_backward(grad, value, sizes, *rest):
+        return tuple(tensor.new_empty(tensor.shape) for tensor in (value, *rest))
+
+    inputs = ", ".join(["Tensor value", "int[] sizes", *(f"Tensor {name}" for name in arguments)])
+    gradients = ", ".join(["Tensor"] * (1 + len(arguments)))
+    define(op, f"({inputs}) -> Tensor", fake=fake, backward=backward, setup_context=setup_context)
+    define(f"{op}_backward", f"(Tensor grad, {inputs}) -> ({gradients})", fake=fake_backward, backward=second,
+           setup_context=setup_second)
+
+
+_define("ms_deform_attn", ["locations", "weights"])
+_define("ms_deform_attn_fused", ["reference_points", "offsets", "logits"])

@@ -1,0 +1,87 @@
+"""The command line as a person meets it: what it prints, writes and refuses."""
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from icf.cli import main, presets
+from icf.config import Config, DataConfig, ToyConfig
+
+
+def run(capsys, *args) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command."""
+    status = 0
+    try:
+        main(list(args))
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_is_valid_and_round_trips(preset, capsys):
+    status, out, _ = run(capsys, "train", preset, "--print_config")
+    assert status == 0
+    cfg = Config.from_dict(yaml.safe_load(out))
+    assert Config.from_dict(cfg.to_dict()) == cfg
+
+
+def test_presets_of_the_paper_are_there():
+    assert {"toy-s4", "toy-ms3", "toy-avss"} | {f"{s}-{b}" for s in ("s4", "ms3", "avss") for b in ("pvt", "r50")} <= {
+        *presets()}
+
+
+def test_options_override_files_and_files_override_presets(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("train: {lr: 0.5, batch: 3}")
+    _, out, _ = run(capsys, "train", "toy-s4", "--config", str(tmp_path / "mine.yaml"), "--train.lr", "0.25",
+                    "--print_config")
+    train = yaml.safe_load(out)["train"]
+    assert (train["lr"], train["batch"]) == (0.25, 3)
+
+
+@pytest.mark.parametrize("args, message", [
+    (["train", "no-such-preset"], "no preset or YAML file 'no-such-preset'; presets: "),
+    (["train", "--train.lr", "fast"], 'Parser key "train.lr"'),
+    (["train", "--train.typo", "1"], "unrecognized arguments: --train.typo 1"),
+    (["train", "--data.size", "100"], "data.size: expected a positive multiple of 32, got 100"),
+    (["train", "avss-pvt", "--model.classes", "1"], "model.classes: expected the number of classes"),
+    (["train", "toy-s4", "--resume", "x"], "leave out the preset 'toy-s4'"),
+    (["train", "--resume", "no-such-run"], "no weights at no-such-run"),
+    (["evaluate"], "a run folder or weights file is required"),
+    (["evaluate", "no-such-run"], "no weights at no-such-run"),
+    (["predict"], "a video file or a folder of frames is required"),
+    (["predict", "clip.mp4", "--weights", "no-such-run"], "no weights at no-such-run"),
+    (["fly"], "no command 'fly'; one of: train"),
+])
+def test_mistakes_end_in_one_line(args, message, capsys):
+    status, out, err = run(capsys, *args)
+    assert status != 0 and message in err
+    assert "Traceback" not in out + err and len(err.strip().splitlines()) <= 2
+
+
+def test_info_names_versions_libraries_and_every_backend(capsys):
+    _, out, _ = run(capsys, "info")
+    operators = "ms_deform_attn: reference: can run", "ms_deform_attn: cuda: "
+    assert all(expected in out for expected in ("torch 2", "icf_kernels._C ", "timm ", *operators))
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "data", "info"])
+def test_help_is_written(command, capsys):
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0 and f"usage: icf {command}" in out
+
+
+def test_importing_icf_is_light():
+    code = "import sys, icf; print({'torch', 'timm', 'transformers', 'diffusers', 'matplotlib', 'av'} & {*sys.modules})"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_configuration_survives_plain_values():
+    cfg = Config(data=DataConfig(toy=ToyConfig(bias=0.5, visible=(1, 4))))
+    assert Config.from_dict(cfg.to_dict()) == cfg
+    with pytest.raises(ValueError, match="sizes"):
+        Config.from_dict({"data": {"sizes": 3}})
