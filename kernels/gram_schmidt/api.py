@@ -165,12 +165,12 @@ def orthogonal_directions(
     if kind == "hadamard" and d & (d - 1):
         raise ValueError(f"orthogonal_directions: kind 'hadamard' needs d to be a power of two, got {d}; use 'haar'")
     z, seed = z.detach(), _seed_tensor("orthogonal_directions", seed, generator, z.device)
-    if kind == "haar":
-        noise = philox_noise((*z.shape[:-1], k, d), seed, backend=backend).to(reference.wide(z))
-        return gram_schmidt(noise, against=z.unsqueeze(-2).to(noise), backend=backend).to(z.dtype)
     chosen = choose("orthogonal_directions", backend, (z,), ops.CAN_RUN)
     if chosen == "reference":
-        return reference.orthogonal_directions(z, k, seed)
+        return reference.orthogonal_directions(z, k, kind, seed)
+    if kind == "haar":
+        noise = philox_noise((*z.shape[:-1], k, d), seed, backend=chosen).to(reference.wide(z))
+        return gram_schmidt(noise, against=z.unsqueeze(-2).to(noise), backend=chosen).to(z.dtype)
     return kernel("orthogonal_directions", chosen)(z.contiguous(), seed, k)
 
 

@@ -39,7 +39,7 @@ def philox_noise(shape, seed: Tensor, kind: str = "gaussian") -> Tensor:
     if kind == "rademacher":
         words = _words(seed, rows, -(-d // 128), 0)  # [rows, counters, 4]
         bits = words[..., None] >> torch.arange(32, device=seed.device) & 1
-        return (1.0 - 2.0 * bits.double()).view(rows, -1)[:, :d].reshape(shape)
+        return (1.0 - 2.0 * bits.double()).flatten(1)[:, :d].reshape(shape)
     w = _words(seed, rows, -(-d // 4), 0).unflatten(-1, (2, 2))
     u, turn = w[..., 0], w[..., 1]
     radius = (-2 * torch.log(((u >> 8) | 1).double() * 2.0**-24)).sqrt()  # u is odd: never 0 and never 1
@@ -47,7 +47,7 @@ def philox_noise(shape, seed: Tensor, kind: str = "gaussian") -> Tensor:
     angle = math.pi / 4 * (1 + (signed >> 8).double() * 2.0**-23)  # in the first quadrant
     sign0, sign1 = 1 - 2 * (turn >> 31).double(), 1 - 2 * (turn >> 30 & 1).double()
     pairs = torch.stack([sign0 * radius * angle.cos(), sign1 * radius * angle.sin()], -1)  # [rows, counters, 2, 2]
-    return pairs.view(rows, -1)[:, :d].reshape(shape)
+    return pairs.flatten(1)[:, :d].reshape(shape)
 
 
 def _unit(x):
@@ -95,11 +95,15 @@ def gram_schmidt(vectors: Tensor, rank_tol: float | None = None, method: str = "
     return (torch.stack(q, -2) if q else x).to(vectors.dtype)
 
 
-def orthogonal_directions(z: Tensor, k: int, seed: Tensor | int) -> Tensor:
-    """``kind="hadamard"``: rows of a Hadamard matrix with random signs, reflected so that one of them becomes z."""
-    *batch, d = z.shape
-    unit = _unit(z.detach().reshape(-1, d).to(wide(z)))[0]
-    rows, seed = len(unit), torch.as_tensor(seed, device=z.device)
+def orthogonal_directions(z: Tensor, k: int, kind: str, seed: Tensor | int) -> Tensor:
+    (*batch, d), seed = z.shape, torch.as_tensor(seed, device=z.device)
+    z_wide = z.detach().to(wide(z))
+    if kind == "haar":
+        noise = philox_noise((*batch, k, d), seed).float().to(z_wide)
+        return gram_schmidt(torch.cat([z_wide[..., None, :], noise], -2))[..., 1:, :].to(z.dtype)
+    # Rows of a Hadamard matrix with random signs, reflected so that the first becomes z, up to its sign.
+    unit = _unit(z_wide.reshape(-1, d))[0]
+    rows = len(unit)
     words = _words(seed, rows, 1, 1)[:, 0]  # [rows, 4]
     first, step = words[:, :1], words[:, 1:2] | 1  # an odd step meets every row once, d being a power of two
     index = (first + step * torch.arange(k + 1, device=z.device)) % d  # [rows, k + 1]
@@ -109,6 +113,6 @@ def orthogonal_directions(z: Tensor, k: int, seed: Tensor | int) -> Tensor:
     signs = philox_noise((rows, 1, d), seed, "rademacher").to(unit)
     q = (1 - 2 * (parity & 1)) * signs / math.sqrt(d)  # [rows, k + 1, d], orthonormal
     cosine = (q @ unit[..., None])  # [rows, k + 1, 1]
-    w = torch.where(cosine[:, :1] > 0, -q[:, :1], q[:, :1]) - unit[:, None]  # |w|^2 = 2 (1 + |cosine_0|)
+    w = torch.where(cosine[:, :1] > 0, -q[:, :1], q[:, :1]) - unit[:, None]  # half its square is 1 + |cosine_0|
     out = q[:, 1:] + cosine[:, 1:] / (1 + cosine[:, :1].abs()) * w
     return out.view(*batch, k, d).to(z.dtype)
