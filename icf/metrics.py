@@ -261,17 +261,18 @@ class SemanticScores(_PerClip):
         self._add_rows("j", "f", "counted", size=(classes,))
         self._add_rows("padding")
 
-    def update(self, prediction: Tensor, target: Tensor, clip: Tensor, padding: Tensor | None = None) -> None:
-        """Args: prediction, target [N,H,W] class indices; clip int64 [N], whose frame; padding int64 [N], the number
-        of padding frames to add to that clip (not once per frame: give it with one of them)."""
+    def update(self, prediction: Tensor, target: Tensor, clip: Tensor) -> None:
+        """Args: prediction, target [N,H,W] class indices; clip int64 [N], whose frame."""
         right, predicted, labelled = (x.float() for x in count_classes(prediction, target, self.classes))  # [N,C]
         if self.min_pixels:
             kept = predicted >= self.min_pixels
             right, predicted = right * kept, predicted * kept
         union = predicted + labelled - right
         self._add(clip, j=right / (union + 2.2e-16), f=_f(right / predicted, right / labelled), counted=union > 0)
-        if padding is not None:
-            self._add(clip, padding=padding)
+
+    def pad(self, frames: Tensor, clip: Tensor) -> None:
+        """Args: frames [B], how many frames fill up each of the clips int64 [B]; they count in the `padded` modes."""
+        self._add(clip, padding=frames)
 
     def per_class(self, rows: Sequence[int] | None = None, padded: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """J, F and number of frames counted of each class, [classes] each; 0 where the class never counts."""

@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from .checkpoint import CONFIG, WEIGHTS, load_weights, save_state, save_weights, states, write_atomic
@@ -82,8 +82,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
     accelerator = start(cfg, resume)
     train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
     sampler = EpochSampler(len(train_set), cfg.train.seed)
-    loader = build_loader(train_set, cfg, cfg.train.batch, sampler)
-    val_loader = accelerator.prepare(build_loader(val_set, cfg, cfg.eval.batch))
+    loader = build_loader(train_set, cfg, sampler)
 
     set_seed(cfg.train.seed)
     model = ICF(cfg.model, cfg.loss, pretrained=not resume)
@@ -111,7 +110,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
             progress.epoch, progress.batch = progress.epoch + 1, 0
             finished = progress.epoch >= epochs or progress.step >= total_steps
             if finished or (cfg.train.evaluate_every and progress.epoch % cfg.train.evaluate_every == 0):
-                validation(accelerator, model, val_loader, cfg, progress)
+                validation(accelerator, model, val_set, cfg, progress)
             save_state(accelerator, cfg.out, progress.step)
     return finish(accelerator, model, cfg)
 
@@ -138,10 +137,10 @@ def newest_state(run: Path) -> Path:
     return states(run)[0]
 
 
-def build_loader(dataset, cfg: Config, batch: int, sampler: Sampler | None = None) -> DataLoader:
+def build_loader(dataset: Dataset, cfg: Config, sampler: Sampler) -> DataLoader:
     """Batches of clips, read by ``data.workers`` processes into pinned memory where a GPU will take them."""
     workers = cfg.data.workers if cfg.data.workers is not None else min(4, len(os.sched_getaffinity(0)) // 2)
-    return DataLoader(dataset, batch, sampler=sampler, num_workers=workers, collate_fn=collate,
+    return DataLoader(dataset, cfg.train.batch, sampler=sampler, num_workers=workers, collate_fn=collate,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
 
 
@@ -224,9 +223,10 @@ def log(accelerator: Accelerator, losses: dict[str, Tensor], schedule: LambdaLR,
     bar.set_postfix(loss=f"{row['loss']:.3f}", epoch=progress.epoch + 1)
 
 
-def validation(accelerator: Accelerator, model, loader, cfg: Config, progress: Progress) -> None:
+def validation(accelerator: Accelerator, model, val_set: Dataset, cfg: Config, progress: Progress) -> None:
     """Score the validation split, keep the weights if they are the best so far, and write ``metrics.json``."""
-    scores = validate(model, loader, cfg, accelerator)
+    scores = {name: 0.0 if math.isnan(value) else value  # nan: a split without any object
+              for name, value in validate(model, val_set, cfg, accelerator).items()}
     progress.evaluations.append({"epoch": progress.epoch, "step": progress.step, **scores})
     accelerator.log({f"val/{name}": value for name, value in scores.items()}, step=progress.step)
     state = accelerator.get_state_dict(model)

@@ -213,7 +213,8 @@ SEMANTIC = {  # J all, F all, J seen, F seen, seen, J without the last class, J 
 
 def semantic(change, padding=0, **kwargs):
     metric, truth = SemanticScores(2, 71, **kwargs), semantic_pair()
-    metric.update(change(truth.clone()), truth, clips(2), padding=torch.tensor([padding, 0]))
+    metric.update(change(truth.clone()), truth, clips(2))
+    metric.pad(torch.tensor([padding, 0]), clips(2))
     return metric
 
 

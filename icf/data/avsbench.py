@@ -4,15 +4,18 @@ from __future__ import annotations
 import csv
 import json
 import mmap
+import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from icf.data import IGNORE, Clip
@@ -136,6 +139,8 @@ def read_classes(folder: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, it numbers the classes of AVSS")
     numbers = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(numbers, dict) or not all(isinstance(number, int) for number in numbers.values()):
+        raise ValueError(f"{path}: expected an object of class names with their indices")
     names = sorted(numbers, key=numbers.get)
     if numbers.get("background") != 0 or [numbers[name] for name in names] != list(range(len(names))):
         raise ValueError(f"{path}: expected background 0 and indices without gap, got background "
@@ -155,32 +160,22 @@ def class_palette(classes: int) -> np.ndarray:
     return colours
 
 
-def open_picture(path: Path) -> Image.Image:
-    """An opened, not yet decoded picture. Raises FileNotFoundError or ValueError, naming the file."""
+@contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """An opened picture, decoded when its pixels are used. Raises FileNotFoundError, or ValueError for a broken file."""
     try:
-        return Image.open(path)
+        with Image.open(path) as image:
+            yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing; `icf data check` lists all that is") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
-
-
-def read_frame(path: Path, size: int, crop: bool = False) -> Tensor:
-    """A picture as [3,size,size] uint8; see `resize_frame`."""
-    with open_picture(path) as image:
-        try:
-            return resize_frame(image, size, crop)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path}: cannot be decoded ({error})") from error
 
 
 def read_label(path: Path) -> np.ndarray:
     """Values of a label [H,W], or [H,W,channels] without alpha; a palette file is read by index."""
     with open_picture(path) as image:
-        try:
-            values = np.array(image)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path}: cannot be decoded ({error})") from error
+        values = np.array(image)
         return values[..., :-1] if image.mode in ("LA", "RGBA") else values
 
 
@@ -295,6 +290,33 @@ class AVSBench(torch.utils.data.Dataset):
         """Choose the random numbers of the augmentation, for loaders that are running as well."""
         self._epoch.fill_(epoch)
 
+    def frame_count(self, index: int) -> int:
+        """Frames of a clip that are not padding."""
+        return min(len(self.records[index].frames), self.data.frames)
+
+    def sounding_classes(self) -> list[frozenset[str]]:
+        """Classes that sound in every clip: by the labels where there are classes (which are read for this), by the
+        metadata of AVSS for MS3 if that lies beside, else by category; empty where they are not known."""
+        if self.classes:
+            with ThreadPoolExecutor() as pool:
+                return list(pool.map(self._labelled_classes, range(len(self))))
+        if self.subset == "ms3":
+            return self._listed_objects()
+        return [frozenset(record.categories) for record in self.records]
+
+    def _labelled_classes(self, index: int) -> frozenset[str]:
+        masks = self._masks.get(index, lambda: self._read_masks(self.records[index]))
+        return frozenset(self.classes[i] for i in masks.unique().tolist() if 0 < i < len(self.classes))
+
+    def _listed_objects(self) -> list[frozenset[str]]:
+        try:
+            rows = read_metadata(find_root(self.root.parent, "avss"), "avss")
+        except FileNotFoundError:
+            rows = []
+        objects = {row["uid"]: frozenset(row["a_obj"].replace("off-the-screen", "").split("_")) - {"", "background"}
+                   for row in rows if row["label"] == "v1m"}
+        return [objects.get(name, frozenset()) for name in self.names]
+
     def frame_path(self, index: int, t: int) -> Path:
         return self.records[index].frames[t]
 
@@ -326,7 +348,7 @@ class AVSBench(torch.utils.data.Dataset):
         else:
             waveform = self.waveform(index)[0] if waveform is None else waveform
             examples = log_mel_examples(waveform, self.data.audio_timing)
-        real = min(len(record.frames), self.data.frames)
+        real = self.frame_count(index)
         examples = fit_examples(examples, real, "zero" if self.subset == "avss" else "repeat")
         return fit_examples(examples, self.data.frames, "zero")
 
@@ -338,7 +360,8 @@ class AVSBench(torch.utils.data.Dataset):
         size = self.data.size
         frames = torch.zeros(self.data.frames, 3, size, size, dtype=torch.uint8)
         for i, path in enumerate(record.frames[:self.data.frames]):
-            frames[i] = read_frame(path, size, self._crop)
+            with open_picture(path) as image:
+                frames[i] = resize_frame(image, size, self._crop)
         return frames
 
     def _read_masks(self, record: Record) -> Tensor:

@@ -1,15 +1,41 @@
-"""Own material in folders: pictures with a sound file to predict on."""
+"""Own material in folders: labelled clips to train and evaluate on, and pictures with a sound file to predict on.
+
+Labelled clips lie below one root:
+
+    clips.csv                       name, split[, fps][, category]
+    label2idx.json                  semantic labels: the names of the classes and their indices, background 0
+    <name>/frames/*.jpg|png         in the order of the numbers in their names, `fps` a second (1 if not given)
+    <name>/audio.wav                any rate and number of channels
+    <name>/labels/*.png             named as the frames they belong to; frames may lack one
+
+Labels are binary (0 and 255, or 0 and 1) without `label2idx.json` and class indices with it; 255 is then ignored.
+"""
 from __future__ import annotations
 
+import csv
+import io
+import os
 import re
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import soundfile
+import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
+from icf.data import Clip
+from icf.data.audio import RATE
+from icf.data.avsbench import SPLITS, AVSBench, Record, read_classes
+from icf.data.video import open_video, read_sound
+
+METADATA = "clips.csv"
+MOMENT = Fraction(15, 16)  # of its second at which a frame is taken, as in AVSBench
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".m4a")
 
@@ -79,3 +105,136 @@ def read_picture(path: Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+
+
+class FolderDataset(AVSBench):
+    """One split of own labelled clips, as `AVSBench` but for where the files lie.
+
+    A clip gives one frame a second, the one on show at 15/16 s as in AVSBench, and at most `data.frames` of them.
+    `label_mask` tells which of these have a label; `data.supervision: first` keeps the first label alone. Labels are
+    pixels of the whole frame, which is squeezed into the square.
+
+    Raises:
+        FileNotFoundError: `data.root` or `clips.csv`, or later a file of a clip, is missing.
+        ValueError: `clips.csv` or a file does not hold what it should.
+    """
+
+    def _find(self) -> tuple[Path, list[Record], list[str]]:
+        root = Path(self.data.root)
+        classes = read_classes(root) if (root / "label2idx.json").is_file() else []
+        records = read_clips(root)
+        if self.data.supervision == "first":
+            records = [replace(record, masks=_first(record.masks)) for record in records]
+        return root, records, classes
+
+    def _clip(self, index: int, log_mel: Tensor) -> Clip:
+        labelled = [path is not None for path in self.records[index].masks[:self.data.frames]]
+        labelled += [False] * (self.data.frames - len(labelled))
+        return replace(super()._clip(index, log_mel), label_mask=torch.tensor(labelled))
+
+
+def read_clips(root: Path) -> list[Record]:
+    """All clips that `clips.csv` names, with a picture and, where there is one, a label per second.
+
+    Raises:
+        FileNotFoundError: there is no `clips.csv`, or a clip has no pictures.
+        ValueError: a row of `clips.csv` is incomplete or repeats a clip, its split or fps is out of range, or a label
+            belongs to no picture.
+    """
+    path = root / METADATA
+    if not path.is_file():
+        raise FileNotFoundError(f"data.root: no own clips here, expected {path}")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [{key.strip(): (value or "").strip() for key, value in row.items() if key} for row in
+                csv.DictReader(file, skipinitialspace=True)]
+    records: dict[str, Record] = {}
+    for number, row in enumerate(rows, start=1):
+        name, split, fps = row.get("name"), row.get("split"), row.get("fps") or "1"
+        if not name or split not in SPLITS:
+            raise ValueError(f"{path}: row {number}: expected a name and a split of {SPLITS}, got {name!r}, {split!r}")
+        if name in records:
+            raise ValueError(f"{path}: row {number}: {name!r} is named twice")
+        if not re.fullmatch(r"\d+(\.\d*)?|\d+/[1-9]\d*", fps) or not Fraction(fps):
+            raise ValueError(f"{path}: row {number}: expected an fps such as 25, 29.97 or 30000/1001, got {fps!r}")
+        records[name] = _record(root / name, name, split, Fraction(fps), row.get("category", ""))
+    return list(records.values())
+
+
+def _record(folder: Path, name: str, split: str, fps: Fraction, category: str) -> Record:
+    frames = list_files(folder / "frames", PICTURES)
+    if not frames:
+        raise FileNotFoundError(f"{folder / 'frames'}: no pictures ({', '.join(PICTURES)})")
+    labels = {path.stem: path for path in list_files(folder / "labels", (".png",))}
+    if strangers := labels.keys() - {path.stem for path in frames}:
+        raise ValueError(f"{labels[min(strangers)]}: no picture of that name in {folder / 'frames'}")
+    seconds = max(1, round(len(frames) / fps))
+    chosen = [frames[min(int((second + MOMENT) * fps), len(frames) - 1)] for second in range(seconds)]
+    return Record(name, split, "folder", tuple(chosen), tuple(labels.get(path.stem) for path in chosen),
+                  labelled=seconds, sound=folder / "audio.wav", categories=(category,) if category else ())
+
+
+def _first(masks: tuple[Path | None, ...]) -> tuple[Path | None, ...]:
+    """The masks without those that follow the first."""
+    first = next((place for place, path in enumerate(masks) if path is not None), 0)
+    return tuple(path if place == first else None for place, path in enumerate(masks))
+
+
+def import_clip(root: Path, video: Path, split: str, labels: Path | None = None, name: str | None = None,
+                category: str = "", silent_ok: bool = False) -> Record:
+    """Add a video to the own clips below `root`: one picture a second as PNG, the sound, a row of `clips.csv`.
+
+    Args:
+        root: made if missing.
+        video: any video that FFmpeg reads.
+        split: `train`, `val` or `test`.
+        labels: a folder of masks (PNG, of any size), numbered by the second of the video from 0 on; seconds may lack
+            one. `icf predict` writes such folders, which can be corrected by hand.
+        name: of the clip; the stem of the video's file name if not given.
+        category: what sounds, if known.
+        silent_ok: accept a video without sound.
+
+    Returns:
+        The record of the clip.
+
+    Raises:
+        ValueError: the video cannot be read, the name is taken or no file name, or a label has no second.
+    """
+    root, name = Path(root), name or Path(video).stem
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
+    if Path(name).name != name or (root / name).exists():
+        raise ValueError(f"name: expected a new file name below {root}, got {name!r}")
+    source = open_video(video, silent_ok)
+    found = list_files(Path(labels), (".png",)) if labels else []
+    masks = {int(path.stem): path for path in found if path.stem.isdigit()}
+    if labels and not masks:
+        raise ValueError(f"labels: expected PNG files named by their second in {labels}")
+    root.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".partial-", dir=root) as partial:
+        clip = Path(partial, name)
+        (clip / "frames").mkdir(parents=True)
+        (clip / "labels").mkdir()
+        seconds = 0
+        for seconds, (_, picture) in enumerate(source.sampled(), start=1):
+            Image.fromarray(picture).save(clip / "frames" / f"{seconds - 1}.png")
+        if masks and max(masks) >= seconds:
+            raise ValueError(f"{masks[max(masks)]}: {video} has {seconds} seconds, numbered from 0")
+        for second, path in masks.items():
+            shutil.copyfile(path, clip / "labels" / f"{second}.png")
+        with soundfile.SoundFile(clip / "audio.wav", "w", RATE, 1, "PCM_16") as file:
+            for piece in read_sound(source.sound, source.start) if source.sound else [np.zeros(RATE * seconds)]:
+                file.write(piece)
+        os.replace(clip, root / name)
+        _append(root / METADATA, {"name": name, "split": split, "fps": "1", "category": category})
+    return _record(root / name, name, split, Fraction(1), category)
+
+
+def _append(path: Path, row: dict[str, str]) -> None:
+    """Add a row to a CSV file, which is replaced as a whole; columns that the file lacks are left out."""
+    text = path.read_text(encoding="utf-8-sig") if path.is_file() else ",".join(row) + "\n"
+    header = [cell.strip() for cell in next(csv.reader(text.splitlines()))]
+    line = io.StringIO()
+    csv.DictWriter(line, header, extrasaction="ignore", lineterminator="\n").writerow(row)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text.rstrip("\n") + "\n" + line.getvalue(), encoding="utf-8")
+    os.replace(partial, path)
