@@ -54,7 +54,7 @@ def orthogonal_blend(
         raise ValueError(f"orthogonal_blend: ratio must be floating point on {z.device}, like z, got {ratio.dtype} on "
                          f"{ratio.device}")
     try:
-        rows = torch.broadcast_shapes(z.shape[:-1], ratio.shape)
+        rows = ratio.shape if ratio.shape == z.shape[:-1] else torch.broadcast_shapes(z.shape[:-1], ratio.shape)
         if isinstance(noise, Tensor):
             noise = noise.detach().to(z.device, acc).expand(*rows, z.shape[-1])
     except RuntimeError as error:
@@ -70,8 +70,9 @@ def orthogonal_blend(
         return reference.orthogonal_blend(z, ratio, noise, seed, restore_norm)
     z, shared, inner = _share(z, rows)
     kind, source = (2, noise.contiguous()) if isinstance(noise, Tensor) else (KINDS.index(noise), seed)
-    ratio = ratio.to(acc).expand(rows).contiguous()
-    return kernel("orthogonal_blend", chosen)(z.contiguous(), ratio, source, kind, shared, inner, restore_norm)
+    if ratio.shape != rows or ratio.dtype != acc:
+        ratio = ratio.to(acc).expand(rows)
+    return kernel("orthogonal_blend", chosen)(z.contiguous(), ratio.contiguous(), source, [kind, shared, inner, int(restore_norm)])
 
 
 def gram_schmidt(
@@ -201,11 +202,13 @@ def _seed_tensor(op, seed, generator, device):
     if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != torch.device(device):
         raise ValueError(f"{op}: seed must be an integer or an int64 tensor of one element on {device}, got "
                          f"{list(seed.shape)} of {seed.dtype} on {seed.device}")
-    return seed.reshape(())
+    return seed
 
 
 def _share(z, rows):
     """z without the dimensions it is repeated along, if these are neighbours; how often, and the rows after them."""
+    if z.shape[:-1] == rows and z.is_contiguous():
+        return z, 1, 1
     lead = len(rows) + 1 - z.dim()
     for i in range(z.dim() - 1):
         if z.shape[i] > 1 and z.stride(i) == 0:

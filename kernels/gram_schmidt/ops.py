@@ -22,13 +22,13 @@ CAN_RUN = {**backends.CAN_RUN, "triton": can_run_triton}
 
 
 def _blend_setup(ctx, inputs, output):
-    z, ratio, noise, *ctx.options = inputs
+    z, ratio, noise, ctx.options = inputs
     ctx.save_for_backward(z, ratio, noise)
 
 
 def _blend_backward(ctx, backend, grad):
-    grads = kernel("orthogonal_blend_backward", backend)(grad.contiguous(), *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None, None, None
+    grads = kernel("orthogonal_blend_backward", backend)(grad.contiguous(), *ctx.saved_tensors, ctx.options)
+    return *grads, None, None
 
 
 def _gram_schmidt_setup(ctx, inputs, output):
@@ -45,7 +45,9 @@ def _wide_like(x, shape):
     return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-BLEND = "Tensor z, Tensor ratio, Tensor noise, int kind, SymInt shared, SymInt inner, bool restore_norm"
+# noise: the noise, or the seed of it, as options[0] says: 0 gaussian, 1 rademacher, 2 given. options[1:]: output rows that
+# share a row of z, rows after them, whether the norm is restored. One list, as each argument costs microseconds a call.
+BLEND = "Tensor z, Tensor ratio, Tensor noise, SymInt[] options"
 define("orthogonal_blend", f"({BLEND}) -> Tensor", triton=TRITON,
        fake=lambda z, ratio, *_: z.new_empty((*ratio.shape, z.shape[-1])),
        backward=_blend_backward, setup_context=_blend_setup)
