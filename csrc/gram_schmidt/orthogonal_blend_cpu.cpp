@@ -1,5 +1,5 @@
 #include "common/tensor.h"
-#include "gram_schmidt/gram_schmidt_math.h"
+#include "gram_schmidt/gram_schmidt_cpu.h"
 
 #include <algorithm>
 #include <vector>
@@ -91,47 +91,9 @@ ICF_INLINE void fill_noise(A* r, int64_t d, uint64_t seed, uint64_t row, int64_t
   }
 }
 
-template <typename A>
-ICF_INLINE A dot(const A* x, const A* y, int64_t d) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < d; ++j) sum += x[j] * y[j];
-  return sum;
-}
-
-// Scales a row whose square would under- or overflow so that its largest element is 1. Returns the scale.
-template <typename A>
-ICF_INLINE A rescale(A* x, A& square, int64_t d) {
-  if (!needs_scaling(square)) return 1;
-  A largest = 0;
-  for (int64_t j = 0; j < d; ++j) largest = std::abs(x[j]) > largest ? std::abs(x[j]) : largest;
-  if (!(largest > 0 && largest <= std::numeric_limits<A>::max())) return 1;
-  const A scale = 1 / std::max(largest, std::numeric_limits<A>::min());
-  for (int64_t j = 0; j < d; ++j) x[j] *= scale;
-  square = dot(x, x, d);
-  return scale;
-}
-
-template <typename T>
-ICF_INLINE void load(const T* from, acc_t<T>* to, int64_t d) {
-#pragma omp simd
-  for (int64_t j = 0; j < d; ++j) to[j] = acc_t<T>(from[j]);
-}
-
-template <typename T>
-ICF_INLINE T round_to(acc_t<T> x) {
-  return T(x);
-}
-
-template <>
-ICF_INLINE torch::headeronly::BFloat16 round_to(float x) {  // as the constructor does, but without a branch
-  const uint32_t bits = bits_of<uint32_t>(x), rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  return {uint16_t(x != x ? 0x7FC0u : rounded), torch::headeronly::BFloat16::from_bits()};
-}
-
 template <typename T>
 ICF_INLINE BlendRow<acc_t<T>> load_row(const T* from, acc_t<T>* z, int64_t d) {
-  load(from, z, d);
+  convert(from, z, d);
   BlendRow<acc_t<T>> row{};
   row.zz = dot(z, z, d);
   row.scale = rescale(z, row.zz, d);
@@ -141,7 +103,7 @@ ICF_INLINE BlendRow<acc_t<T>> load_row(const T* from, acc_t<T>* z, int64_t d) {
 template <typename A>
 ICF_INLINE void project_noise(const A* noise, const A* z, A* p, uint64_t index, const Options& o, BlendRow<A>& row) {
   if (o.kind == kGiven) {
-    load(noise + index * o.d, p, o.d);
+    convert(noise + index * o.d, p, o.d);
   } else {
     fill_noise(p, o.d, o.seed, index, o.kind);
   }
@@ -188,7 +150,7 @@ ICF_SIMD void backward_rows(const T* grad, const T* z, const A* ratio, const A* 
     for (int64_t k = 0; k < o.shared; ++k) {
       const int64_t index = (i / o.inner * o.shared + k) * o.inner + i % o.inner;
       project_noise(noise, zs, p, index, o, row);
-      load(grad + index * o.d, g, o.d);
+      convert(grad + index * o.d, g, o.d);
       A gz = 0, gp = 0, g_coef, z_coef, p_coef;
 #pragma omp simd reduction(+ : gz, gp)
       for (int64_t j = 0; j < o.d; ++j) {
@@ -209,13 +171,8 @@ template <typename T>
 ICF_SIMD void noise_rows(T* out, uint64_t seed, int64_t kind, int64_t d, int64_t begin, int64_t end, T* r) {
   for (int64_t i = begin; i < end; ++i) {
     fill_noise(r, d, seed, i, kind);
-    load(r, out + i * d, d);
+    convert(r, out + i * d, d);
   }
-}
-
-constexpr auto wide(torch::headeronly::ScalarType type) {
-  using torch::headeronly::ScalarType;
-  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 Options check(const Tensor& z, const Tensor& ratio, const Tensor& noise, const std::vector<int64_t>& options) {

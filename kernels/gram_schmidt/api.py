@@ -125,8 +125,10 @@ def gram_schmidt(
     if chosen == "reference":
         q = reference.gram_schmidt(vectors, rank_tol, method)
     else:
-        tol = reference.RANK_TOL * torch.finfo(reference.wide(vectors)).eps if rank_tol is None else rank_tol
-        q = kernel("gram_schmidt", chosen)(vectors.contiguous(), tol, reference.THRESHOLD[method])[0].to(vectors.dtype)
+        tol = reference.RANK_TOL[reference.wide(vectors)] if rank_tol is None else rank_tol
+        keep_l = vectors.requires_grad and torch.is_grad_enabled()  # the factor that the backward needs
+        q, _ = kernel("gram_schmidt", chosen)(vectors.contiguous(), tol, reference.THRESHOLD[method], keep_l)
+        q = q if q.dtype == vectors.dtype else q.to(vectors.dtype)
     q = q[..., first:, :] if first else q
     return (q, (q != 0).any(-1).sum(-1)) if return_rank else q
 

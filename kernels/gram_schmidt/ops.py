@@ -38,7 +38,7 @@ def _gram_schmidt_setup(ctx, inputs, output):
 
 
 def _gram_schmidt_backward(ctx, backend, grad, _):
-    return kernel("gram_schmidt_backward", backend)(grad.contiguous(), *ctx.saved_tensors).to(ctx.dtype), None, None
+    return kernel("gram_schmidt_backward", backend)(grad.contiguous(), *ctx.saved_tensors).to(ctx.dtype), None, None, None
 
 
 def _wide_like(x, shape):
@@ -53,8 +53,8 @@ define("orthogonal_blend", f"({BLEND}) -> Tensor", triton=TRITON,
        backward=_blend_backward, setup_context=_blend_setup)
 define("orthogonal_blend_backward", f"(Tensor grad, {BLEND}) -> (Tensor, Tensor)", triton=TRITON,
        fake=lambda grad, z, ratio, *_: (torch.empty_like(z), torch.empty_like(ratio)))
-define("gram_schmidt", "(Tensor vectors, float rank_tol, float threshold) -> (Tensor, Tensor)",
-       fake=lambda x, *_: (_wide_like(x, x.shape), _wide_like(x, (*x.shape[:-1], x.shape[-2]))),
+define("gram_schmidt", "(Tensor vectors, float rank_tol, float threshold, bool keep_l) -> (Tensor, Tensor)",
+       fake=lambda x, _, __, keep_l: (_wide_like(x, x.shape), _wide_like(x, (*x.shape[:-1], x.shape[-2]) if keep_l else 0)),
        backward=_gram_schmidt_backward, setup_context=_gram_schmidt_setup)
 define("gram_schmidt_backward", "(Tensor grad, Tensor q, Tensor l) -> Tensor",
        fake=lambda grad, q, l: torch.empty_like(q))

@@ -8,7 +8,7 @@ ROUNDS = 7  # of Philox-4x32; the fewest that pass BigCrush (Salmon et al., 2011
 WORD = 0xFFFFFFFF
 THRESHOLD = {"auto": 0.8, "cgs": 0.0, "cgs2": math.inf}  # a row shortened below it is projected again
 PARALLEL = 8  # noise is parallel to z where so many epsilons of it are left
-RANK_TOL = 8  # a row is dropped where so many epsilons of it are left
+RANK_TOL = {dtype: 8 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}  # by what is computed in
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -82,7 +82,7 @@ def gram_schmidt(vectors: Tensor, rank_tol: float | None = None, method: str = "
         return v - ((q @ v[..., None]).mT @ q)[..., 0, :]
 
     x, q = vectors.to(wide(vectors)), []
-    rank_tol = RANK_TOL * torch.finfo(x.dtype).eps if rank_tol is None else rank_tol
+    rank_tol = RANK_TOL[x.dtype] if rank_tol is None else rank_tol
     for row in x.unbind(-2):
         v = row = _unit(row)[0]
         if q:
