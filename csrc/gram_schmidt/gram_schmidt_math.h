@@ -79,7 +79,12 @@ ICF_INLINE void gaussian_pair(uint32_t w0, uint32_t w1, float& n0, float& n1) {
   n1 = with_sign(radius * (c + s), w1 << 1);  // sqrt(2) sin(pi/4 + y)
 }
 
-ICF_INLINE void gaussian_pair(uint32_t w0, uint32_t w1, double& n0, double& n1) {
+#if defined(__CUDACC__)
+__host__ __device__ __noinline__  // rare on a GPU, and long
+#else
+ICF_INLINE
+#endif
+void gaussian_pair(uint32_t w0, uint32_t w1, double& n0, double& n1) {
   const double radius = sqrt(-2 * log(double((w0 >> 8) | 1u) * 0x1p-24));
   const double angle = 0.78539816339744831 * (1 + double(int32_t(w1 << 2) >> 8) * 0x1p-23);
   n0 = (w1 >> 31 ? -radius : radius) * cos(angle);

@@ -2,7 +2,6 @@
 import importlib
 import pkgutil
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,9 +34,12 @@ def operators():
 def operator_function(room, op, name, **options):
     """An operator as in one of the room's modules, `api` or `reference`, taking the arguments that its cases make."""
     keywords, target = module(room, "cases").CASES[op].keywords, getattr(module(room, name), op)
-    if not keywords:
-        return partial(target, **options)
-    return lambda *args: target(*args[:-len(keywords)], **dict(zip(keywords, args[-len(keywords):])), **options)
+
+    def call(*args):
+        first = len(args) - len(keywords)
+        return target(*args[:first], **dict(zip(keywords, args[first:], strict=True)), **options)
+
+    return call
 
 
 def why_not(room, op, backend, args):

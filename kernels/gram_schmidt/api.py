@@ -21,15 +21,16 @@ def orthogonal_blend(
     restore_norm: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """``sqrt(1 - ratio) z/|z| + sqrt(ratio) u``, ``u`` the unit vector along noise minus its projection on ``z`` (Eq. 7-8).
+    """``sqrt(1 - ratio) z/|z| + sqrt(ratio) u``, ``u`` along noise minus its projection on ``z``, normalised (Eq. 7-8).
 
     The result is a unit vector at the cosine ``sqrt(1 - ratio)`` to ``z``, for any ``z`` and noise: ``z/|z|`` at ratio
-    0, orthogonal to ``z`` at 1. The norm in Eq. 7 is read as "normalised". Noise that is drawn here is a function of the
-    seed, the row and the column: the backward draws it again and nothing is stored.
+    0, orthogonal to ``z`` at 1. The norm in Eq. 7 is read as "normalised". Noise that is drawn here is a function of
+    the seed, the row and the column: the backward draws it again and nothing is stored.
 
     Args:
         z: ``[*, d]``, ``d >= 2``, any floating dtype; computed in float32, or in float64 for float64. Where ``*`` is 1,
-            or expanded, against the batch dimensions of ``ratio``, rows of ``z`` are shared and get noise of their own each.
+            or expanded, against the batch dimensions of ``ratio``, rows of ``z`` are shared by results with noise of
+            their own each.
         ratio: ``[*]``, one per row, broadcast with the batch dimensions of ``z``, or a number. Clamped to [0, 1].
         noise: what is drawn, ``"gaussian"`` or ``"rademacher"`` (random signs, cheaper), or the noise itself, constant,
             broadcastable to the result.
@@ -39,9 +40,9 @@ def orthogonal_blend(
         backend: ``"cuda"``, ``"cpp"``, ``"triton"`` or ``"reference"``; by default the first that can run.
 
     Returns:
-        ``[*, d]``, of the dtype of ``z``. Differentiable in ``z`` and ``ratio``, once; the reference any number of times.
-        The gradient of ``ratio`` is 0 outside (0, 1) and grows without bound towards 0 and 1. A row of zeros yields
-        ``sqrt(ratio) u`` and has gradient 0; noise parallel to ``z`` yields ``u = 0``.
+        ``[*, d]``, of the dtype of ``z``. Differentiable in ``z`` and ``ratio``, once; the reference any number of
+        times. The gradient of ``ratio`` is 0 outside (0, 1) and grows without bound towards 0 and 1. A row of zeros
+        yields ``sqrt(ratio) u`` and has gradient 0; noise parallel to ``z`` yields ``u = 0``.
 
     Raises:
         ValueError: for arguments of the wrong kind or shape. RuntimeError: for a backend that cannot run here.
@@ -59,8 +60,8 @@ def orthogonal_blend(
             noise = noise.detach().to(z.device, acc).expand(*rows, z.shape[-1])
     except RuntimeError as error:
         given = f" and noise {list(noise.shape)}" if isinstance(noise, Tensor) else ""
-        raise ValueError(f"orthogonal_blend: ratio must broadcast with the batch dimensions of z, and noise to the result, "
-                         f"got z {list(z.shape)}, ratio {list(ratio.shape)}{given}") from error
+        raise ValueError(f"orthogonal_blend: ratio must broadcast with the batch dimensions of z, and noise to the "
+                         f"result, got z {list(z.shape)}, ratio {list(ratio.shape)}{given}") from error
     if isinstance(noise, str) and noise not in KINDS:
         raise ValueError(f"orthogonal_blend: noise must be a tensor or one of {KINDS}, got {noise!r}")
     if isinstance(noise, str):
@@ -72,7 +73,8 @@ def orthogonal_blend(
     kind, source = (2, noise.contiguous()) if isinstance(noise, Tensor) else (KINDS.index(noise), seed)
     if ratio.shape != rows or ratio.dtype != acc:
         ratio = ratio.to(acc).expand(rows)
-    return kernel("orthogonal_blend", chosen)(z.contiguous(), ratio.contiguous(), source, [kind, shared, inner, int(restore_norm)])
+    options = [kind, shared, inner, int(restore_norm)]
+    return kernel("orthogonal_blend", chosen)(z.contiguous(), ratio.contiguous(), source, options)
 
 
 def gram_schmidt(
@@ -88,8 +90,8 @@ def gram_schmidt(
     """Orthonormal rows with the span of ``vectors``, each what is left of its row beside the rows before, normalised.
 
     ``vectors = L Q`` with ``L`` lower triangular and its diagonal positive, which makes ``Q`` unique: the transposed
-    ``torch.linalg.qr`` of the transposed rows, up to signs. A row that depends on those before it is dropped: its row of
-    ``Q`` is zero and the others are as if it were not there.
+    ``torch.linalg.qr`` of the transposed rows, up to signs. A row that depends on those before it is dropped: its row
+    of ``Q`` is zero and the others are as if it were not there.
 
     Args:
         vectors: ``[*, n, d]``, any floating dtype and any ``n``; computed in float32, or in float64 for float64.
@@ -98,15 +100,16 @@ def gram_schmidt(
         method: ``"auto"`` projects a row a second time if the first left less than 0.8 of it; ``"cgs2"`` always does,
             which costs twice as much where rows are independent; ``"cgs"`` never does, and loses orthogonality with the
             square of the condition number.
-        rank_tol: rows of which no more than this fraction is left are dropped. By default 8 epsilons of the dtype that is
-            computed in, 9.5e-7 for float32: enough for duplicates and linear combinations, below what condition 1e6 needs.
+        rank_tol: rows of which no more than this fraction is left are dropped. By default 8 epsilons of the dtype that
+            is computed in, 9.5e-7 for float32: above what duplicates and linear combinations leave, below what the last
+            row at condition 1e6 does.
         return_rank: also return how many rows were kept.
         detach_basis: no gradient to ``against``.
         backend: ``"cuda"``, ``"cpp"`` or ``"reference"``; by default the first that can run.
 
     Returns:
         ``[*, n, d]``, of the dtype of ``vectors``; with ``return_rank`` also int64 ``[*]``. Differentiable, once; the
-        reference any number of times. Gradients scale with the inverse of the smallest ``L_ii``, and dropped rows have none.
+        reference any number of times. Gradients scale with the inverse of the smallest ``L_ii``; 0 where dropped.
 
     Raises:
         ValueError: for arguments of the wrong kind or shape. RuntimeError: for a backend that cannot run here.
@@ -151,7 +154,7 @@ def orthogonal_directions(
             Hadamard matrix with random signs and reflects one of them into ``z``, in O(k d) and with few random bits;
             ``d`` must be a power of two.
         seed, generator: as in ``orthogonal_blend``.
-        backend: ``"cuda"``, ``"cpp"`` or ``"reference"``; by default the first that can run.
+        backend: ``"cuda"`` (kind haar), ``"cpp"`` or ``"reference"``; by default the first that can run.
 
     Returns:
         ``[*, k, d]``, of the dtype of ``z``, constants: no gradient reaches ``z``.
@@ -168,16 +171,17 @@ def orthogonal_directions(
     if kind == "hadamard" and d & (d - 1):
         raise ValueError(f"orthogonal_directions: kind 'hadamard' needs d to be a power of two, got {d}; use 'haar'")
     z, seed = z.detach(), _seed_tensor("orthogonal_directions", seed, generator, z.device)
+    if kind == "haar":
+        noise = philox_noise((*z.shape[:-1], k, d), seed, backend=backend).to(reference.wide(z))
+        return gram_schmidt(noise, against=z.unsqueeze(-2).to(noise), backend=backend).to(z.dtype)
     chosen = choose("orthogonal_directions", backend, (z,), ops.CAN_RUN)
     if chosen == "reference":
-        return reference.orthogonal_directions(z, k, kind, seed)
-    if kind == "haar":
-        noise = philox_noise((*z.shape[:-1], k, d), seed, backend=chosen).to(reference.wide(z))
-        return gram_schmidt(noise, against=z.unsqueeze(-2).to(noise), backend=chosen).to(z.dtype)
+        return reference.orthogonal_directions(z, k, seed)
     return kernel("orthogonal_directions", chosen)(z.contiguous(), seed, k)
 
 
-def philox_noise(shape: tuple[int, ...], seed: Tensor | int, kind: str = "gaussian", *, backend: str | None = None) -> Tensor:
+def philox_noise(shape: tuple[int, ...], seed: Tensor | int, kind: str = "gaussian", *,
+                 backend: str | None = None) -> Tensor:
     """The noise that ``orthogonal_blend`` draws for a seed, float32 ``[*shape]`` on the device of the seed."""
     if kind not in KINDS or len(shape) == 0:
         raise ValueError(f"philox_noise: kind must be one of {KINDS} and shape not empty, got {kind!r} and {shape}")

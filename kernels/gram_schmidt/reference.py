@@ -95,14 +95,11 @@ def gram_schmidt(vectors: Tensor, rank_tol: float | None = None, method: str = "
     return (torch.stack(q, -2) if q else x).to(vectors.dtype)
 
 
-def orthogonal_directions(z: Tensor, k: int, kind: str, seed: Tensor | int) -> Tensor:
+def orthogonal_directions(z: Tensor, k: int, seed: Tensor | int, kind: str = "hadamard") -> Tensor:
+    """Rows of a Hadamard matrix with random signs, reflected so that the first becomes z, up to its sign."""
+    assert kind == "hadamard"  # the other kind is Gram-Schmidt of noise
     (*batch, d), seed = z.shape, torch.as_tensor(seed, device=z.device)
-    z_wide = z.detach().to(wide(z))
-    if kind == "haar":
-        noise = philox_noise((*batch, k, d), seed).float().to(z_wide)
-        return gram_schmidt(torch.cat([z_wide[..., None, :], noise], -2))[..., 1:, :].to(z.dtype)
-    # Rows of a Hadamard matrix with random signs, reflected so that the first becomes z, up to its sign.
-    unit = _unit(z_wide.reshape(-1, d))[0]
+    unit = _unit(z.detach().reshape(-1, d).to(wide(z)))[0]
     rows = len(unit)
     words = _words(seed, rows, 1, 1)[:, 0]  # [rows, 4]
     first, step = words[:, :1], words[:, 1:2] | 1  # an odd step meets every row once, d being a power of two

@@ -3,6 +3,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._common.backend import INTERPRET
+
+TILE = 32768 if INTERPRET else 1024  # elements of a program; the interpreter pays for programs, not for elements
 EPS = tl.constexpr(1.1920929e-07)  # of float32
 LEAST = tl.constexpr(1.1754944e-38)  # the least normal float32
 SMALL, LARGE = tl.constexpr(8.3e-25), tl.constexpr(4.8e24)  # squares between need no scaling
@@ -157,7 +160,7 @@ def _bwd_kernel(grad_ptr, z_ptr, ratio_ptr, noise_ptr, grad_z_ptr, grad_ratio_pt
 def _tile(d, kind):
     """Rows and columns of a program: the columns a power of two, and whole Philox counters."""
     width = max(triton.next_power_of_2(d), 128 if kind == 1 else 16)
-    return max(1, 1024 // width), width
+    return max(1, TILE // width), width
 
 
 def _launch(kernel, tensors, z, options):
@@ -175,7 +178,8 @@ def orthogonal_blend(z: Tensor, ratio: Tensor, noise: Tensor, options: list[int]
     return out
 
 
-def orthogonal_blend_backward(grad: Tensor, z: Tensor, ratio: Tensor, noise: Tensor, options: list[int]) -> tuple[Tensor, Tensor]:
+def orthogonal_blend_backward(grad: Tensor, z: Tensor, ratio: Tensor, noise: Tensor,
+                              options: list[int]) -> tuple[Tensor, Tensor]:
     grad_z, grad_ratio = torch.empty_like(z), torch.empty_like(ratio)
     _launch(_bwd_kernel, (grad, z, ratio, noise, grad_z, grad_ratio), z, options)
     return grad_z, grad_ratio

@@ -56,11 +56,11 @@ def test_one_seed_is_the_same_noise_everywhere(target, kind, seed):
 
 
 def test_noise_statistics():
-    n, d = 20000, 64
+    n, d = 10000, 64
     x = philox_noise((n, d), 3).double()
     assert x.isfinite().all()
     assert x.mean().abs() < 5 / math.sqrt(n * d) and (x.var() - 1).abs() < 5 * math.sqrt(2 / (n * d))
-    assert ((x**4).mean() - 3).abs() < 0.05 and (x**3).mean().abs() < 0.02
+    assert ((x**4).mean() - 3).abs() < 0.05 and (x**3).mean().abs() < 0.03
     assert (x.T @ x / n - torch.eye(d)).abs().max() < 6 / math.sqrt(n)  # isotropy: columns do not correlate
     assert 4.5 < x.abs().max() < 5.8  # tails as a normal's; 5.77 is the largest value there is
     rows = x[:200] @ x[200:400].T / d
@@ -73,7 +73,7 @@ def test_noise_statistics():
 
 
 def test_normals_have_the_right_distribution():
-    x = philox_noise((1000, 1000), 11).double().flatten().sort().values
+    x = philox_noise((500, 1000), 11).double().flatten().sort().values
     uniform = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
     grid = (torch.arange(len(x)) + 0.5) / len(x)
     assert (uniform - grid).abs().max() < 2 / math.sqrt(len(x))  # Kolmogorov-Smirnov
@@ -104,7 +104,7 @@ def test_draws(target):
 @every_target
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("d", [2, 3, 8, 32, 33, 257, 1100])
+@pytest.mark.parametrize("d", [2, 3, 32, 257, 1000])
 def test_blend_geometry(target, d, noise, dtype, tol):
     device, backend = on(target, "orthogonal_blend", dtype)
     z, ratio = randn(40, d, device=device, dtype=dtype), torch.linspace(0, 1, 40, device=device, dtype=torch.float64)
@@ -119,7 +119,7 @@ def test_blend_geometry(target, d, noise, dtype, tol):
 
 @every_target
 def test_blend_limits(target):
-    """Ratio 0 is z/|z|, 1 is orthogonal to it; beyond, ratio is clamped; no gradient of ratio at and beyond the ends."""
+    """Ratio 0 is z/|z|, 1 is orthogonal to it; beyond, it is clamped; at and beyond the ends it has no gradient."""
     device, backend = on(target, "orthogonal_blend")
     z, ratio = randn(6, 64, device=device), torch.tensor([0.0, 1.0, -0.5, 1.5, 1e-4, 0.9999], device=device)
     out, _, grad = gradients(lambda z, r: orthogonal_blend(z, r, seed=1, backend=backend), z, ratio)
@@ -174,12 +174,13 @@ def test_noise_almost_parallel_to_z(target):
 
 
 @every_target
-@pytest.mark.parametrize("shape", [(4, 1, 5, 32), (1, 32), (32,), (4, 1, 1, 32), (1, 16, 1, 32)])
+@pytest.mark.parametrize("shape", [(2, 1, 2, 32), (1, 32), (32,), (2, 1, 1, 32), (1, 3, 1, 32)])
 def test_rows_shared_by_candidates(target, shape):
     """Broadcast or expanded rows of z give what their copies give, and sum the gradients."""
     device, backend = on(target, "orthogonal_blend")
-    rows = (4, 16, 5)
-    z, ratio = randn(*shape, device=device), 0.1 + 0.8 * torch.rand(rows, generator=torch.Generator().manual_seed(2)).to(device)
+    rows = (2, 3, 2)
+    z = randn(*shape, device=device)
+    ratio = 0.1 + 0.8 * torch.rand(rows, generator=torch.Generator().manual_seed(2)).to(device)
 
     def blend(z, r):
         return orthogonal_blend(z, r, seed=9, restore_norm=True, backend=backend)
@@ -260,7 +261,7 @@ def make_rows(kind, n, d):
 
 @every_target
 @pytest.mark.parametrize("method", ["auto", "cgs2"])
-@pytest.mark.parametrize("n, d", [(16, 64), (30, 256), (64, 64), (9, 1030)])
+@pytest.mark.parametrize("n, d", [(16, 64), (30, 256), (32, 32)])
 @pytest.mark.parametrize("kind", ["gaussian", "3e2", "1e4", "1e6", "duplicated", "combinations", "zero"])
 def test_accuracy(target, kind, n, d, method):
     device, backend = on(target, "gram_schmidt")
@@ -323,8 +324,9 @@ def test_against_removes_a_span(target, kind):
 @every_target
 def test_gradients_reach_against_unless_detached(target):
     device, backend = on(target, "gram_schmidt", torch.float64)
-    basis, x = randn(2, 3, 8, device=device, dtype=torch.float64), randn(2, 2, 8, seed=1, device=device, dtype=torch.float64)
-    leaves = [basis.requires_grad_(), x.requires_grad_()]
+    basis = randn(2, 3, 8, device=device, dtype=torch.float64).requires_grad_()
+    x = randn(2, 2, 8, seed=1, device=device, dtype=torch.float64).requires_grad_()
+    leaves = [basis, x]
     assert torch.autograd.gradcheck(lambda b, x: gram_schmidt(x, against=b, backend=backend), leaves)
     out = gram_schmidt(x, against=basis, detach_basis=True, backend=backend)
     grads = torch.autograd.grad(out.sum(), leaves, allow_unused=True)
@@ -374,7 +376,7 @@ def test_nan_stays_in_its_matrix_and_shows(target):
     ("haar", 2, 1), ("haar", 33, 32), ("haar", 100, 7), ("hadamard", 2, 1), ("hadamard", 4, 3), ("hadamard", 64, 8),
     ("hadamard", 256, 255), ("hadamard", 2048, 5)])
 def test_directions_are_orthonormal_and_orthogonal_to_z(target, kind, d, k):
-    device, backend = on(target, "orthogonal_directions")
+    device, backend = on(target, "orthogonal_directions" if kind == "hadamard" else "gram_schmidt")
     z = randn(3, 2, d, device=device)
     z[0, 0] = 0
     r = orthogonal_directions(z, k, kind=kind, seed=4, backend=backend).double()
