@@ -5,7 +5,8 @@
 import pytest
 import torch
 
-from icf.metrics import FScore, Jaccard, PixelScores, SemanticScores, class_map
+from icf.masks import class_map
+from icf.metrics import FScore, Jaccard, PixelScores, SemanticScores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FRAMES, CLASSES, SIZE = 40, 71, 224

@@ -69,6 +69,15 @@ def read_config(source: Path) -> Config:
     source = Path(source)
     if (source / CONFIG).is_file():
         return Config.from_dict(yaml.safe_load((source / CONFIG).read_text()))
+    return Config.from_dict(read_notes(source)["config"])
+
+
+def read_notes(source: Path) -> dict:
+    """What :func:`save_weights` wrote beside the weights: version, configuration, and its notes.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is not one of icf's.
+    """
     path = find_weights(source)
     try:
         with safe_open(path, "pt") as file:
@@ -77,7 +86,7 @@ def read_config(source: Path) -> Config:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     if "icf" not in metadata:
         raise ValueError(f"{path} holds no icf configuration; it was not written by icf")
-    return Config.from_dict(json.loads(metadata["icf"])["config"])
+    return json.loads(metadata["icf"])
 
 
 def load_weights(model: nn.Module, source: Path, *, strict: bool = True) -> list[str]:

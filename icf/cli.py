@@ -6,8 +6,10 @@ import os
 import sys
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from .config import SUBSETS, Config, ToyConfig, build_config, config_parser
 
@@ -19,6 +21,7 @@ USAGE = """usage: icf COMMAND ...
   predict SOURCE       segment what sounds in a video, or in a folder of frames with a wav file
   data toy FOLDER      write the toy benchmark
   data check ROOT      validate a data set, file by file
+  data import ROOT V   add a video, and masks of it, to own labelled clips
   info                 versions, what was built, which operator can run where, and why not
 
 `icf COMMAND --help` lists the options. `icf train` alone trains a small model on the toy benchmark."""
@@ -120,45 +123,63 @@ def predict(args: list[str]) -> None:
         return config_of(options.weights)
 
     options, cfg = parse(own, args, base)
+    from .checkpoint import read_notes
     from .predict import predict as run
     source, device = Path(options.target), pick_device(options.device)
-    run(load(options.weights, device), cfg, source, options.output or Path("predictions") / source.stem, device=device,
-        threshold=cfg.eval.threshold, silent_ok=options.silent_ok, overlap=options.overlap)
+    out, classes = options.output or Path("predictions") / source.stem, read_notes(options.weights).get("classes")
+    run(load(options.weights, device), cfg, source, out, device=device, silent_ok=options.silent_ok,
+        overlap=options.overlap, classes=classes or None)
 
 
 def data(args: list[str]) -> None:
-    own = argparse.ArgumentParser(prog="icf data", description="Write the toy benchmark, or validate a data set.")
-    commands = own.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help="write the toy benchmark", description="Write the toy benchmark: real files "
-                              "in the layouts of AVSBench, the same for the same seed.")
-    defaults = ToyConfig()
-    toy.add_argument("folder", type=Path, nargs="?", default=Path("data/toy"))
-    toy.add_argument("--size", choices=("tiny", "small", "full"), default=defaults.size)
-    toy.add_argument("--seed", type=int, default=defaults.seed)
-    toy.add_argument("--bias", type=float, default=defaults.bias,
-                     help="share of training clips in which the salient shape sounds (default: %(default)s)")
-    toy.add_argument("--visible", type=int, nargs=2, default=defaults.visible, metavar=("MIN", "MAX"),
-                     help="shapes in a clip")
-    toy.add_argument("--subsets", nargs="+", choices=("s4", "ms3", "avss"), default=("s4", "ms3", "avss"))
-    check = commands.add_parser("check", help="validate a data set", description="Validate a data set file by file. "
-                                "Exit status: 0 clean, 1 warnings, 2 errors.")
-    check.add_argument("root", type=Path)
-    check.add_argument("--subset", choices=SUBSETS, required=True)
-    check.add_argument("--deep", action="store_true", help="open every file instead of headers only")
-    check.add_argument("--json", type=Path, help="also write the findings to this file")
+    own = argparse.ArgumentParser(prog="icf data", description="Write the toy benchmark, validate a data set, or add a "
+                                  "video to own labelled clips.")
+    own.add_argument("command", choices=tuple(DATA))
+    DATA[own.parse_args(args[:1]).command](args[1:])
+
+
+def data_toy(args: list[str]) -> None:
+    own = ArgumentParser(prog="icf data toy", exit_on_error=False, description="Write the toy benchmark: real files in "
+                         "the layouts of AVSBench, the same for the same seed.")
+    own.add_argument("folder", type=Path, nargs="?", default=Path("data/toy"))
+    own.add_class_arguments(ToyConfig, as_group=False)
+    own.add_argument("--subsets", type=list[Literal["s4", "ms3", "avss"]], default=["s4", "ms3", "avss"])
+    options = vars(own.parse_args(args))
+    from .data.toy import generate
+    generate(options.pop("folder"), **options)
+
+
+def data_check(args: list[str]) -> None:
+    own = argparse.ArgumentParser(prog="icf data check", description="Validate a data set file by file. Exit status: 0 "
+                                  "clean, 1 warnings, 2 errors.")
+    own.add_argument("root", type=Path)
+    own.add_argument("--subset", choices=SUBSETS, required=True)
+    own.add_argument("--deep", action="store_true", help="open every file instead of headers only")
+    own.add_argument("--json", type=Path, help="also write the findings to this file")
     options = own.parse_args(args)
-    if options.command == "toy":
-        from .data.toy import generate
-        generate(options.folder, size=options.size, seed=options.seed, bias=options.bias,
-                 visible=tuple(options.visible), subsets=tuple(options.subsets))
-        print(f"wrote {options.folder}")
-    else:
-        from .data.check import check as run
-        report = run(options.root, options.subset, deep=options.deep)
-        report.print()
-        if options.json:
-            report.write(options.json)
-        sys.exit(report.exit_code)
+    from .data.check import check
+    report = check(options.root, options.subset, deep=options.deep)
+    report.print()
+    if options.json:
+        report.write(options.json)
+    sys.exit(report.exit_code)
+
+
+def data_import(args: list[str]) -> None:
+    own = argparse.ArgumentParser(prog="icf data import", description="Add a video to the own clips below ROOT, for "
+                                  "data.subset=folder: one picture a second, the sound, and masks if there are any.")
+    own.add_argument("root", type=Path)
+    own.add_argument("video", type=Path)
+    own.add_argument("--split", choices=("train", "val", "test"), required=True)
+    own.add_argument("--labels", type=Path, help="folder of masks, PNG files named by their second")
+    own.add_argument("--name", help="of the clip (default: of the file)")
+    own.add_argument("--category", default="", help="what sounds")
+    own.add_argument("--silent-ok", action="store_true", help="accept a video without sound")
+    from .data.folder import import_clip
+    import_clip(**vars(own.parse_args(args)))
+
+
+DATA = {"toy": data_toy, "check": data_check, "import": data_import}
 
 
 def info(args: list[str]) -> None:

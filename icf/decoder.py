@@ -47,8 +47,11 @@ class Decoder(nn.Module):
         self.hear = mode != "learnable"
         if self.hear:
             hidden = 16 * dim                                               # 4096 at width 256 (COMBO)
-            self.audio = nn.Linear(audio_dim, dim)
+            # The norm is ours: VGGish's rectified features have any scale, and without it a network trained from
+            # nothing grows them until the queries' rectifiers die and it goes deaf.
+            self.audio = nn.Sequential(nn.LayerNorm(audio_dim), nn.Linear(audio_dim, dim))
             self.to_queries = _mlp(dim, hidden, hidden, dim)
+            self.to_queries.apply(_keep_scale)                              # so that sound and query weigh alike (ours)
         self.fusion = Fusion(dim, heads, audio_keys == "clip_null") if mode == "bidirectional" else None
         self.queries = nn.Parameter(torch.randn(queries, dim))
         self.masked = MaskedDecoder(dim, layers, ffn, heads, queries, 1 if classes is None else classes + 1)
@@ -134,7 +137,7 @@ class Fusion(nn.Module):
             return own, torch.zeros_like(frames), None
         steps = audio.shape[1]
         clip, place = frames // steps, frames % steps
-        marked = F.one_hot(place, steps).to(audio.dtype)[..., None] * self.mark
+        marked = (place[:, None] == torch.arange(steps, device=place.device))[..., None] * self.mark
         keys = torch.cat([audio[clip] + marked, self.null.to(audio.dtype).expand(len(frames), 1, -1)], 1)
         return keys, place, None if frame_mask is None else F.pad(~frame_mask[clip], (0, 1))
 
@@ -221,6 +224,12 @@ def _linear(dim: int, out: int) -> nn.Linear:
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+def _keep_scale(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(module.bias)
 
 
 def _mlp(*widths: int) -> nn.Sequential:

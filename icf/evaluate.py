@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -34,6 +35,7 @@ from .data.avsbench import binary_mask, class_palette, read_label, semantic_mask
 from .data.disturb import Disturbed
 from .data.toy import MANIFEST
 from .data.transforms import resize_label
+from .masks import class_map, foreground
 from .metrics import (
     FalsePositives,
     FScore,
@@ -41,11 +43,9 @@ from .metrics import (
     MeanChange,
     PixelScores,
     SemanticScores,
-    class_map,
     combined_score,
-    foreground,
 )
-from .report import Sample, score_table, write_report
+from .report import Sample, score_tables, write_report
 
 UNHEARD = ("silence", "noise", "offscreen")     # negative sounds that nothing in the picture makes
 HISTORY = "metrics.json"                        # of a training run, in its folder
@@ -89,7 +89,7 @@ def evaluate(
         split: `train`, `val` or `test`.
         out: folder, made if missing; None for `cfg.out`.
         device: None for that of the model's parameters.
-        accelerator: of the processes that share the work, if any.
+        accelerator: what prepared the model, if anything did. The processes of torch.distributed share the work.
         save_masks: write the predicted masks.
         progress: show a progress bar and print the table of scores.
         report: write `report.html`.
@@ -101,12 +101,10 @@ def evaluate(
         FloatingPointError: the model gave a value that is not finite. ValueError: its channels do not fit the classes.
     """
     dataset = build_dataset(cfg.data, split)
-    accelerator = accelerator or Accelerator(cpu=str(device) == "cpu")
-    model = accelerator.unwrap_model(model)
+    model = accelerator.unwrap_model(model) if accelerator else model
     device = device or next(model.parameters()).device
-    return _evaluate(model_predictor(model, len(dataset.classes), device), dataset, cfg, Path(out or cfg.out),
-                     accelerator, device, {"weights_sha256": weights_hash(model)}, save_masks, progress, report,
-                     cfg.eval.negatives)
+    return _evaluate(model_predictor(model, len(dataset.classes), device), dataset, cfg, Path(out or cfg.out), device,
+                     {"weights_sha256": weights_hash(model)}, save_masks, progress, report, cfg.eval.negatives)
 
 
 def evaluate_masks(masks: Path, cfg: Config, split: str, out: Path, progress: bool = True, report: bool = True) -> dict:
@@ -121,16 +119,20 @@ def evaluate_masks(masks: Path, cfg: Config, split: str, out: Path, progress: bo
     """
     dataset = build_dataset(cfg.data, split)
     predict = saved_predictor(Path(masks), len(dataset.classes), cfg.data.size)
-    return _evaluate(predict, dataset, cfg, Path(out), Accelerator(cpu=True), "cpu", {"masks": str(masks)},
-                     progress=progress, report=report)
+    notes = {"masks": str(masks), "F": "of 0/1 maps"}
+    return _evaluate(predict, dataset, cfg, Path(out), "cpu", notes, progress=progress, report=report)
 
 
 @torch.no_grad()
-def validate(model: nn.Module, dataset: Dataset, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
+def validate(
+    model: nn.Module, dataset: Dataset, cfg: Config, accelerator: Accelerator | None = None,
+) -> dict[str, float]:
     """J, F and J&F of a model on a data set in their default modes, nothing written; all processes get the result."""
-    predict = model_predictor(accelerator.unwrap_model(model), len(dataset.classes), accelerator.device)
-    tally = Tally(len(dataset), dataset.classes, cfg, accelerator.device)
-    for index, (batch,) in build_loader([dataset], cfg, accelerator):
+    model = accelerator.unwrap_model(model) if accelerator else model
+    device = next(model.parameters()).device
+    predict = model_predictor(model, len(dataset.classes), device)
+    tally = Tally(len(dataset), dataset.classes, cfg, device)
+    for index, (batch,) in build_loader([dataset], cfg):
         tally.add(predict(batch).masks, batch, index)
     with tally.synchronised():
         return tally.summary()
@@ -289,13 +291,28 @@ class Conditions(Dataset):
         return index, [dataset[index] for dataset in self.datasets]
 
 
-def build_loader(datasets: Sequence[Dataset], cfg: Config, accelerator: Accelerator | None = None) -> DataLoader:
+def build_loader(datasets: Sequence[Dataset], cfg: Config) -> DataLoader:
     """Batches (index int64 [B], one `Batch` per data set) of this process' clips, none of them twice."""
-    rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    rank, processes = process()
     clips = Conditions(datasets, range(rank, len(datasets[0]), processes))
-    workers = cfg.data.workers if cfg.data.workers is not None else min(4, (torch.get_num_threads() + 1) // 2)
+    workers = cfg.data.workers if cfg.data.workers is not None else min(4, (os.cpu_count() or 1) // 2)
     return DataLoader(clips, cfg.eval.batch, num_workers=workers, collate_fn=_collate,
                       pin_memory=torch.cuda.is_available())
+
+
+def process() -> tuple[int, int]:
+    """Number of this process, and of all that share the work."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def gather(items: dict) -> dict:
+    """The items of all processes together."""
+    rank, processes = process()
+    if processes == 1:
+        return items
+    parts = [None] * processes
+    dist.all_gather_object(parts, items)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _collate(items: list[tuple]) -> tuple[Tensor, list[Batch]]:
@@ -304,16 +321,15 @@ def _collate(items: list[tuple]) -> tuple[Tensor, list[Batch]]:
 
 
 def _evaluate(
-    predict: Predictor, dataset: Dataset, cfg: Config, out: Path, accelerator: Accelerator,
-    device: torch.device | str, notes: dict, save_masks: bool = False, progress: bool = True, report: bool = True,
-    kinds: Sequence[str] = (),
+    predict: Predictor, dataset: Dataset, cfg: Config, out: Path, device: torch.device | str, notes: dict,
+    save_masks: bool = False, progress: bool = True, report: bool = True, kinds: Sequence[str] = (),
 ) -> dict:
     true_set, disturbed = conditions(dataset, cfg, kinds)
-    main = accelerator.is_main_process
+    main = process()[0] == 0
     tally = Tally(len(dataset), dataset.classes, cfg, device)
     negatives = {kind: Negative(len(dataset), dataset.classes, cfg, device) for kind in disturbed}
     categories: dict[int, tuple[str, ...]] = {}
-    loader = build_loader([true_set, *disturbed.values()], cfg, accelerator)
+    loader = build_loader([true_set, *disturbed.values()], cfg)
     bar = Console(stderr=True)
     for index, (batch, *others) in track(loader, f"scoring {dataset.split}", console=bar, disable=not progress * main):
         prediction = predict(batch)
@@ -323,8 +339,7 @@ def _evaluate(
             write_masks(out / "masks", prediction.masks, batch, dataset.classes, cfg.eval.threshold)
         for negative, other in zip(negatives.values(), others, strict=True):
             negative.add(predict(other), prediction, other, index)
-    for part in gather_object([categories]):
-        categories.update(part)
+    categories = gather(categories)
     with ExitStack() as stack:
         for item in (tally, *negatives.values()):
             stack.enter_context(item.synchronised())
@@ -338,8 +353,9 @@ def _evaluate(
             pictured = samples(predict, true_set, results, cfg.eval.threshold)
             write_report(out, results, pictured, dataset.classes, history)
         if progress:
-            Console().print(score_table(results))
-    accelerator.wait_for_everyone()
+            Console().print(score_tables(results))
+    if process()[1] > 1:
+        dist.barrier()
     return results
 
 
@@ -359,9 +375,12 @@ def assemble(
 ) -> dict:
     """All results as plain values; the metrics have to be synchronised."""
     summary, (j, f), groups = tally.summary(), tally.per_clip(), clip_groups(dataset)
-    group_of = {index: name for name, rows in groups.items() for index in rows}
+    groups_of = [[] for _ in dataset.names]
+    for name, rows in groups.items():
+        for i in rows:
+            groups_of[i].append(name)
     under = {kind: negative.false.per_clip().tolist() for kind, negative in negatives.items()}
-    clips = [{"name": name, "group": group_of.get(i), "categories": list(categories[i]), "J": j[i], "F": f[i],
+    clips = [{"name": name, "groups": groups_of[i], "categories": list(categories[i]), "J": j[i], "F": f[i],
               **{f"FPR {kind}": share[i] for kind, share in under.items()}} for i, name in enumerate(dataset.names)]
     results = {
         "split": dataset.split, "subset": dataset.subset, **summary,
@@ -474,7 +493,7 @@ def sample(predict: Predictor, clip: Clip, row: dict, rank: str, semantic: bool,
     masks = masks if semantic else foreground(masks, threshold)
     real = clip.frame_mask
     return Sample(clip.name, clip.frames[real], clip.log_mel[real], clip.masks[real], clip.label_mask[real],
-                  masks[real].to(torch.uint8), row["J"], row["F"], rank, row["group"])
+                  masks[real].to(torch.uint8), row["J"], row["F"], rank, row["groups"])
 
 
 def _write_csv(rows: Sequence[dict], path: Path) -> None:

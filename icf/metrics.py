@@ -16,32 +16,11 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from .masks import foreground
+
 BETA2 = 0.3                                        # weight of recall in F, of all published tables
 THRESHOLDS = torch.linspace(0, 1 - 1e-10, 255)     # of the F curve; in float32 the last one is exactly 1, as published
 IGNORED = (255, -1)                                # labels that are no class
-
-
-def class_map(scores: Tensor) -> Tensor:
-    """Index of the largest score over dim 1, the first one of equals: [N,C,H,W] -> [N,H,W], uint8 up to 256 classes.
-
-    On the CPU a running maximum replaces `argmax`, which is several times slower along a dimension that is not last.
-    """
-    channels = scores.shape[1]
-    if scores.device.type != "cpu" or channels > 256:
-        return scores.argmax(1)
-    best = scores[:, 0].contiguous().clone()                              # [N,H,W]
-    index = torch.zeros(best.shape, dtype=torch.uint8)
-    higher = torch.empty(best.shape, dtype=torch.bool)
-    for channel in range(1, channels):
-        torch.gt(scores[:, channel], best, out=higher)
-        torch.maximum(best, scores[:, channel], out=best)
-        torch.maximum(index, higher.view(torch.uint8).mul_(channel), out=index)
-    return index
-
-
-def foreground(prediction: Tensor, threshold: float = 0.5) -> Tensor:
-    """True where something is predicted: probability above the threshold, or a class index that is not background."""
-    return prediction > threshold if prediction.is_floating_point() else prediction != 0
 
 
 def count_classes(prediction: Tensor, target: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +187,7 @@ class FScore(_PerClip):
     def update(self, probability: Tensor, target: Tensor, clip: Tensor) -> None:
         """Args: probability [N,H,W] in 0..1; target [N,H,W] 0/1, 255 ignored; clip int64 [N], whose frame."""
         curves, occupied = f_curves(probability, target)
-        self._add(clip, curves=curves * occupied[:, None], frames=occupied)
+        self._add(clip, curves=curves, frames=occupied)                   # without foreground, the curve is 0
 
     def _best(self, rows: Sequence[int] | None, size: int | None) -> Tensor:
         """F at the best threshold of each group of `size` clips, NaN for a group without object."""

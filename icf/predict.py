@@ -23,11 +23,11 @@ from . import __version__
 from .config import Config
 from .data import Clip, collate
 from .data.audio import RATE, log_mel_examples
-from .data.avsbench import class_palette
+from .data.avsbench import class_palette, find_root, read_classes
 from .data.folder import FrameFolder, open_frames
 from .data.transforms import resize_frame
 from .data.video import Video, open_video, read_sound, write_video
-from .metrics import class_map
+from .masks import class_map
 
 RECORD = "predictions.json"
 OUTPUTS = ("masks", "overlay.mp4", "contact_sheet.png", RECORD)  # the record last: it marks a finished prediction
@@ -69,8 +69,9 @@ def predict(
         silent_ok: take a source without sound track as silent.
         overlap: seconds that neighbouring windows share; their probabilities are averaged.
         batch: windows per step of the model.
-        progress: show progress bars on stderr.
-        classes: names of the classes from index 0 (background) on, for the record and the contact sheet.
+        progress: show progress bars on stderr, and in the end say where the results are.
+        classes: names of the classes from index 0 (background) on, for the record and the contact sheet; None for those
+            of the data at `cfg.data.root`, or numbers where that is missing.
 
     Returns:
         What is written to `predictions.json`.
@@ -117,6 +118,8 @@ def predict(
                   "sound": material.sound is not None, "window": window, "overlap": overlap, "threshold": threshold,
                   "classes": names, "seconds": rows}
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if progress:
+        print(f"{out}: {', '.join(OUTPUTS)} ({len(rows)} s)")
     return record
 
 
@@ -222,9 +225,15 @@ def _enlarge(score: Tensor, height: int, width: int) -> Tensor:
 
 
 def _class_names(cfg: Config) -> list[str]:
+    """Names from the data that the model was made for, where they are at hand, else numbers."""
     if cfg.model.classes == 1:
         return ["background", "sounding"]
-    return ["background", *(f"class {index}" for index in range(1, cfg.model.classes))]
+    try:
+        names = read_classes(find_root(cfg.data.root, "avss") if cfg.data.subset == "avss" else Path(cfg.data.root))
+    except (FileNotFoundError, ValueError):
+        names = []
+    return names if len(names) == cfg.model.classes else [
+        "background", *(f"class {index}" for index in range(1, cfg.model.classes))]
 
 
 def _save_mask(path: Path, mask: np.ndarray, palette: np.ndarray, binary: bool) -> None:

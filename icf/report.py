@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from .data.avsbench import class_palette
 TRUTH = (38, 166, 154)                                                   # RGB of a binary truth
 RIGHT, FALSE, MISSED = (38, 166, 154), (239, 83, 80), (92, 145, 255)     # RGB of a binary prediction's pixels
 THUMB = 160                                                              # side of a frame in the pictures, pixels
+DIM = 0.5                                                                # of a picture outside its mask
 SILENCE, LOUD = -4.605, 4.0                                              # range of the log-mel picture
 INK = "#808a96"                                                          # of curves; readable on white and on black
 
@@ -49,7 +51,7 @@ class Sample:
     j: float
     f: float | None
     rank: str
-    group: str | None = None
+    groups: Sequence[str] = ()
 
 
 # Scores as rows
@@ -59,77 +61,84 @@ def score_sections(results: dict) -> list[tuple[str, str, list[tuple[str, str, f
     """Sections (title, remark, rows) of scores; a row is (score, mode, value, who reports it so)."""
     scores = results["scores"]
     rows = _semantic_rows(scores["AVSS"]) if "AVSS" in scores else _binary_rows(scores["J"], scores["F"])
-    sections = [("Comparable with published numbers", "Mean over frames, then as the named code does.", rows[0]),
-                ("Stricter", "What the modes above forgive.", rows[1])]
+    sections = [("Comparable with published numbers", "As the named code reports them.", rows[0]),
+                ("Other modes", "Where the modes above are lenient, and other ways to average.", rows[1])]
     if "AVSS" in scores:
         forgiving = next(key for key in scores if key.startswith("AVSS, "))
         sections[1][2].extend(
-            [*((key, f"all, real; {forgiving.removeprefix('AVSS, ')} for a prediction",
+            [*((key, f"{_mode('all/real/include')}; predictions of {forgiving.removeprefix('AVSS, ')}",
                 scores[forgiving][f"{key}/all/real/include"], "") for key in "JF"),
-             *(("J", f"foreground as a whole, {mode.replace('/frame', '')} on empty frames",
+             *(("J", f"foreground as a whole; empty frames: {mode.removesuffix('/frame')}",
                 scores["J of the foreground"][mode], "") for mode in ("background/frame", "strict/frame"))])
-    pixels = scores["pixels"]
+    if "combined" in results:
+        sections[1][2].append(("combined", "J strict, mean over true sound, silence, noise and off-screen sound",
+                               results["combined"], ""))
+    pixels = [(*key.partition("/")[::2], value) for key, value in scores["pixels"].items()]
     sections.append(("All pixels together", "One confusion matrix, far above means over frames and not comparable.",
-                     [(key.partition("/")[0], key.partition("/")[2], value, "CAVP" if key == "mIoU/zero" else "")
-                      for key, value in pixels.items()]))
+                     [(score, PIXELS.get(mode, ""), value, "CAVP" if (score, mode) == ("mIoU", "zero") else "")
+                      for score, mode, value in pixels]))
     return sections
 
 
 def _binary_rows(j: dict, f: dict) -> tuple[list, list]:
     who = {"batch:4": "AVSBench", "batch:2": "AVSegFormer", "per_video": "COMBO", "dataset": ""}
-    public = [("J", "empty frames: share of background", j["background/frame"], "AVSBench, AVSegFormer, COMBO"),
-              *(("F", f"{group}; group without object: zero", f[f"{group}/zero"], name) for group, name in who.items())]
-    strict = [*(("F", f"{group}; group without object: skip", f[f"{group}/skip"], "") for group in who),
+    public = [("J", "empty frames: background share", j["background/frame"], "AVSBench, AVSegFormer, COMBO"),
+              *(("F", f"{group}; empty groups: zero", f[f"{group}/zero"], name) for group, name in who.items())]
+    strict = [*(("F", f"{group}; empty groups: skip", f[f"{group}/skip"], "") for group in who),
               ("J", "empty frames: strict", j["strict/frame"], ""), ("J", "empty frames: skip", j["skip/frame"], ""),
-              ("J", "empty frames: share of background; mean of batch:4", j["background/batch:4"], ""),
+              ("J", "empty frames: background share; mean of batch:4", j["background/batch:4"], ""),
               ("FPR", "frames without foreground", j["false_positive/empty"], "")]
     return public, strict
 
 
 def _semantic_rows(scores: dict) -> tuple[list, list]:
-    who = {"all/padded/include": "AVSBench, AVSegFormer", "all/real/include": "COMBO",
-           "all/real/public": "last class dropped in place of background"}
-    public = [(key, mode.replace("/", ", "), scores[f"{key}/{mode}"], name) for mode, name in who.items()
-              for key in "JF"]
-    strict = [(key, mode.replace("/", ", "), scores[f"{key}/{mode}"], "") for key in "JF"
-              for mode in ("all/real/exclude", "seen/real/include", "seen/real/exclude")]
-    return public, strict
+    who = {"all/padded/include": "AVSBench, AVSegFormer", "all/real/include": "COMBO", "all/real/public": "AVSBench"}
+    other = ("all/real/exclude", "seen/real/include", "seen/real/exclude")
+    public = [(key, _mode(mode), scores[f"{key}/{mode}"], name) for mode, name in who.items() for key in "JF"]
+    return public, [(key, _mode(mode), scores[f"{key}/{mode}"], "") for key in "JF" for mode in other]
 
 
-def score_table(results: dict) -> Table:
-    """The scores for a terminal, rows that compare with published numbers first."""
-    table = Table(title=f"{results['subset']} {results['split']}, {results['counts']['clips']} clips, "
-                        f"{results['counts']['scored_frames']} frames")
-    for column in ("score", "mode", "value", "as reported by"):
-        table.add_column(column, justify="right" if column == "value" else "left", overflow="fold")
+def _mode(mode: str) -> str:
+    """A mode of AVSS in words; others as they are."""
+    return ", ".join(WORDS.get(word, word) for word in mode.split("/"))
+
+
+def score_tables(results: dict) -> Group:
+    """The scores for a terminal, those that compare with published numbers first."""
+    counts = results["counts"]
+    scores = Table(title=f"{results['subset']} {results['split']}: {counts['clips']} clips, "
+                         f"{counts['scored_frames']} frames", title_justify="left")
+    for column in ("score", "mode", "value", "reported by"):
+        scores.add_column(column, justify="right" if column == "value" else "left")
     for title, _, rows in score_sections(results):
-        table.add_section()
-        table.add_row(f"[bold]{title}", "", "", "")
+        scores.add_section()
+        scores.add_row("", f"[bold]{title}")
         for score, mode, value, who in rows:
-            table.add_row(score, mode, _number(value), who)
-    for title, rows in (("Groups", _group_rows(results)), ("Sound replaced", _negative_rows(results))):
+            scores.add_row(score, mode, _number(value), who)
+    tables = [scores]
+    for title, rows in (("group", _group_rows(results)), ("sound", _negative_rows(results))):
         if rows:
-            table.add_section()
-            table.add_row(f"[bold]{title}", "", "", "")
-            for name, columns in rows.items():
-                for key, value in columns.items():
-                    table.add_row(key, name, _number(value), "")
-    return table
+            columns = list(next(iter(rows.values())))
+            table = Table(title, *columns)
+            for name, row in rows.items():
+                table.add_row(name, *(_number(row.get(key)) for key in columns))
+            tables.append(table)
+    return Group(*tables)
 
 
 def _group_rows(results: dict) -> dict[str, dict]:
     rows = {name: {"clips": group["clips"], **{key: group[key] for key in ("J", "F", "J&F")}}
             for name, group in results["groups"].items()}
     if "gap" in results:
-        rows["gap: aligned - conflicting"] = {"clips": "", **results["gap"]}
+        rows["aligned - conflicting"] = {"clips": "", **results["gap"]}
     for name, oracle in results.get("oracles", {}).items():
         rows[f"oracle: {name}"] = {"clips": results["counts"]["clips"], "J": oracle["J"]}
     return rows
 
 
 def _negative_rows(results: dict) -> dict[str, dict]:
-    names = {"FPR": "FPR", "strict": "frames left empty", "J": "J on the labels", "F": "F on the labels",
-             "sensitivity": "sensitivity (J lost)", "change": "mean change of p"}
+    names = {"FPR": "FPR", "strict": "empty frames", "J": "J", "F": "F", "sensitivity": "sensitivity",
+             "change": "change of p"}
     return {kind: {names[key]: scores[key] for key in names} for kind, scores in results["negatives"].items()}
 
 
@@ -142,7 +151,8 @@ def _number(value) -> str:
 # Pictures
 
 
-def overlay(frame: Tensor | np.ndarray, mask: Tensor | np.ndarray, color: Sequence, alpha: float = 0.5) -> Image.Image:
+def overlay(frame: Tensor | np.ndarray, mask: Tensor | np.ndarray, color: Sequence, alpha: float = 0.5,
+            dim: float = 0.0) -> Image.Image:
     """A frame with a mask laid over it, its outline solid.
 
     Args:
@@ -150,6 +160,7 @@ def overlay(frame: Tensor | np.ndarray, mask: Tensor | np.ndarray, color: Sequen
         mask: [H,W], bool or 0/1 for one colour, or indices into `color`; 0 is left clear, and so is 255.
         color: RGB of the mask, or [C,3] one per index (that of 0 is not used).
         alpha: opacity inside the outline.
+        dim: how much the picture is darkened where the mask is clear, 0 to 1.
     """
     picture, mask = np.asarray(frame, dtype=np.float32), np.asarray(mask, dtype=np.int64)
     if picture.shape[0] == 3 and picture.shape[-1] != 3:
@@ -165,7 +176,13 @@ def overlay(frame: Tensor | np.ndarray, mask: Tensor | np.ndarray, color: Sequen
     outline = inside & ((edge[:-2, 1:-1] != mask) | (edge[2:, 1:-1] != mask)
                         | (edge[1:-1, :-2] != mask) | (edge[1:-1, 2:] != mask))
     weight = np.where(outline, 1.0, np.where(inside, alpha, 0.0))[..., None]
+    picture = picture * np.where(inside, 1.0, 1.0 - dim)[..., None]
     return Image.fromarray((picture * (1 - weight) + colors[mask] * weight).round().astype(np.uint8))
+
+
+def class_colors(classes: int) -> np.ndarray:
+    """Colours [classes,3] uint8 of AVSBench, lightened for pictures."""
+    return (64 + 0.75 * class_palette(classes)).astype(np.uint8)
 
 
 def mel_picture(log_mel: Tensor) -> Image.Image:
@@ -182,23 +199,20 @@ def mel_picture(log_mel: Tensor) -> Image.Image:
 def strips(sample: Sample, classes: Sequence[str]) -> dict[str, Image.Image]:
     """Pictures of all seconds side by side: `frames`, `truth`, `prediction`, and `sound` of the same width.
 
-    A binary prediction is coloured by what is right, false and missed; classes have their colours of AVSBench.
+    A binary prediction is coloured by what is right, false and missed.
     """
-    truth, prediction = sample.truth.numpy(), sample.prediction.numpy()
-    if classes:
-        colors = class_palette(len(classes))
-        truth_colors = shown_colors = colors
-        shown = prediction
-    else:
+    truth, known = sample.truth.numpy(), sample.labelled.numpy()[:, None, None]
+    prediction, shown_colors = sample.prediction.numpy(), class_colors(len(classes))
+    truth_colors = shown_colors
+    if not classes:
         truth_colors, shown_colors = TRUTH, ((0, 0, 0), RIGHT, FALSE, MISSED)
-        known = sample.labelled.numpy()[:, None, None]
-        shown = np.select([(prediction == 1) & ((truth == 1) | ~known), (prediction == 1) & (truth == 0),
-                           (prediction == 0) & (truth == 1) & known], [1, 2, 3], 0)
-    masks = {"frames": (np.zeros_like(truth), TRUTH), "truth": (truth * sample.labelled.numpy()[:, None, None],
-                                                                truth_colors), "prediction": (shown, shown_colors)}
-    pictures = {name: _side_by_side([overlay(frame, mask, colors) for frame, mask in zip(sample.frames, frames,
-                                                                                         strict=True)])
-                for name, (frames, colors) in masks.items()}
+        prediction = np.select([(prediction == 1) & ((truth == 1) | ~known), (prediction == 1) & (truth == 0),
+                                (prediction == 0) & (truth == 1) & known], [1, 2, 3], 0)
+    rows = {"frames": (truth * 0, TRUTH, 0.0), "truth": (truth * known, truth_colors, DIM),
+            "prediction": (prediction, shown_colors, DIM)}
+    pictures = {name: _side_by_side([overlay(frame, mask, colors, dim=dim) for frame, mask in
+                                     zip(sample.frames, masks, strict=True)])
+                for name, (masks, colors, dim) in rows.items()}
     sound = mel_picture(sample.log_mel).resize((pictures["frames"].width, 72), Image.Resampling.BILINEAR)
     return {**pictures, "sound": sound}
 
@@ -280,7 +294,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def write_report(out: Path, results: dict, samples: Sequence[Sample], classes: Sequence[str] = (),
                  history: dict | None = None) -> Path:
-    """Write `report.html`, `overlays.png` (a contact sheet of the samples) and, with a history, `curves.png`.
+    """Write `report.html`, `overlays.jpg` (a contact sheet of the samples) and, with a history, `curves.png`.
 
     Args:
         results: what `icf.evaluate.evaluate` returns.
@@ -295,7 +309,7 @@ def write_report(out: Path, results: dict, samples: Sequence[Sample], classes: S
         write_atomic(out / "curves.png", lambda path: path.write_bytes(plot))
     if samples:
         sheet = contact_sheet(samples, classes)
-        write_atomic(out / "overlays.png", partial(sheet.save, format="PNG", optimize=True))
+        write_atomic(out / "overlays.jpg", partial(sheet.save, format="JPEG", quality=90))
     html = page(results, samples, classes, plot)
     write_atomic(out / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
     return out / "report.html"
@@ -305,11 +319,11 @@ def page(results: dict, samples: Sequence[Sample], classes: Sequence[str] = (), 
     """The text of `report.html`."""
     counts, title = results["counts"], f"{results['subset'].upper()} {results['split']}"
     header = ("score", "mode", "value", "reported by")
-    scores = "".join(f"<h3>{escape(name)}</h3>{_note(remark)}{_rows(header, rows)}"
+    scores = "".join(f"<h3>{escape(name)}</h3>{_note(remark)}{_rows(header, rows, 'scores')}"
                      for name, remark, rows in score_sections(results))
     parts = [_cards(results), _section("Scores", scores)]
     if groups := _group_rows(results):
-        parts.append(_section("Groups", _columns("clips", groups)))
+        parts.append(_section("Groups", _columns("group", groups)))
     if negatives := _negative_rows(results):
         parts.append(_section("Sound replaced", _note(NEGATIVES) + _columns("sound", negatives)))
     if plot:
@@ -340,33 +354,29 @@ def _text(value) -> str:
 
 def _cards(results: dict) -> str:
     modes = results["default_modes"]
-    cards = [("J&F", results["J&F"], "mean of both"), ("J", results["J"], _mode(modes["J"])),
-             ("F", results["F"], _mode(modes["F"]))]
+    cards = [("J&F", results["J&F"], "mean of both"), ("J", results["J"], _mode(modes["J"].removeprefix("J/"))),
+             ("F", results["F"], _mode(modes["F"].removeprefix("F/")))]
     if "shuffled" in results["negatives"]:
-        cards.append(("J under another sound", results["negatives"]["shuffled"]["J"], "original labels"))
+        cards.append(("J, sound shuffled", results["negatives"]["shuffled"]["J"], "on the original labels"))
     false = {kind: scores["FPR"] for kind, scores in results["negatives"].items() if kind != "shuffled"}
     if false:
         worst = max(false, key=false.get)
-        cards.append(("false positives", false[worst], f"share of pixels, {worst}"))
+        cards.append(("False positives", false[worst], f"share of pixels, {worst}"))
     if "gap" in results:
-        cards.append(("bias gap of J", results["gap"]["J"], "aligned - conflicting"))
+        cards.append(("Bias gap of J", results["gap"]["J"], "aligned less conflicting"))
     return "<section class=cards>" + "".join(
         f"<div class=card><span>{escape(name)}</span><strong>{_number(value)}</strong><small>{escape(mode)}</small>"
         "</div>" for name, value, mode in cards) + "</section>"
-
-
-def _mode(mode: str) -> str:
-    return mode.removeprefix("J/").removeprefix("F/").replace("/", ", ")
 
 
 def _section(title: str, body: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
 
-def _rows(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+def _rows(header: Sequence[str], rows: Sequence[Sequence], style: str = "") -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f'<div class=scroll><table class="{style}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _columns(first: str, rows: dict[str, dict]) -> str:
@@ -394,7 +404,7 @@ def _class_table(rows: Sequence[dict]) -> str:
 
 def _legend(samples: Sequence[Sample], classes: Sequence[str]) -> str:
     if classes:
-        palette = class_palette(len(classes))
+        palette = class_colors(len(classes))
         shown = sorted({int(c) for sample in samples for mask in (sample.truth, sample.prediction)
                         for c in mask.unique() if 0 < c < len(classes)})
         entries = [(classes[c], tuple(palette[c])) for c in shown]
@@ -407,7 +417,7 @@ def _legend(samples: Sequence[Sample], classes: Sequence[str]) -> str:
 def _clip(sample: Sample, classes: Sequence[str]) -> str:
     pictures = "".join(f"<div class=strip><span>{name}</span><img loading=lazy alt='{name} of {escape(sample.name)}' "
                        f"src='{_jpeg(image)}'></div>" for name, image in strips(sample, classes).items())
-    tags = "".join(f"<b class={tag}>{escape(tag)}</b>" for tag in (sample.rank, sample.group) if tag)
+    tags = "".join(f"<b class={tag}>{escape(tag)}</b>" for tag in (sample.rank, *sample.groups))
     return f"<article><h3>{escape(sample.name)} {tags}<em>{_scores(sample)}</em></h3>{pictures}</article>"
 
 
@@ -425,9 +435,13 @@ def _jpeg(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+PIXELS = {"zero": "absent classes: zero", "seen": "absent classes: skip", "foreground": "without background"}
+WORDS = {"all": "all classes", "seen": "classes that occur", "real": "real frames", "padded": "padding too",
+         "include": "with background", "exclude": "without background", "public": "without the last class (sic)"}
 NEGATIVES = ("The frames stay, the sound is exchanged. Under silence, noise and off-screen sound every predicted pixel "
-             "is false (FPR, ideal 0). Sensitivity is what J loses on the original labels; 0 means that the sound is "
-             "ignored.")
+             "is false: FPR is their share (ideal 0), empty frames the share of frames without any. J and F are on the "
+             "original labels. Sensitivity is what J loses; 0 means that the sound is ignored. Change of p is the mean "
+             "absolute change of the prediction.")
 STYLE = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#1c2430;--soft:#5d6875;--line:#e2e6eb;--accent:#0f8b7e}
 @media(prefers-color-scheme:dark){:root{--bg:#12161c;--card:#1a2029;--ink:#e6eaf0;--soft:#98a3b1;--line:#2b333f;
@@ -452,6 +466,8 @@ table{border-collapse:collapse;width:100%;font-size:14px}
 th{font-weight:600;color:var(--soft);text-align:left}
 th,td{padding:5px 12px 5px 0;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
 tr:last-child td{border-bottom:0}
+.scores th:nth-child(1){width:11%}.scores th:nth-child(2){width:48%}.scores th:nth-child(3){width:13%}
+.scores{table-layout:fixed;min-width:560px}
 .num{font-variant-numeric:tabular-nums;white-space:nowrap}
 .bar{width:120px;min-width:80px}
 .bar i{display:block;height:8px;margin-top:7px;border-radius:4px;background:var(--accent)}

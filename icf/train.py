@@ -81,6 +81,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
     """
     accelerator = start(cfg, resume)
     train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
+    train_set.seed = cfg.train.seed
     sampler = EpochSampler(len(train_set), cfg.train.seed)
     loader = build_loader(train_set, cfg, sampler)
 
@@ -102,6 +103,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
     bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
     with stop_requested(accelerator) as stopping, bar:
         while progress.epoch < epochs and progress.step < total_steps:
+            train_set.set_epoch(progress.epoch)
             sampler.epoch = progress.epoch
             sampler.start = progress.batch * cfg.train.batch * accelerator.num_processes
             if train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, total_steps, bar, stopping):
@@ -233,9 +235,10 @@ def validation(accelerator: Accelerator, model, val_set: Dataset, cfg: Config, p
     better = scores["J&F"] > progress.best
     progress.best = max(progress.best, scores["J&F"])
     if accelerator.is_main_process:
-        save_weights(cfg.out / "last.safetensors", state, cfg, step=progress.step, scores=scores)
+        notes = {"step": progress.step, "scores": scores, "classes": list(val_set.classes)}
+        save_weights(cfg.out / "last.safetensors", state, cfg, **notes)
         if better:
-            save_weights(cfg.out / WEIGHTS, state, cfg, step=progress.step, scores=scores)
+            save_weights(cfg.out / WEIGHTS, state, cfg, **notes)
         history = json.dumps({"steps": progress.steps, "evaluations": progress.evaluations})
         write_atomic(cfg.out / "metrics.json", lambda path: path.write_text(history))
         tqdm.write(f"epoch {progress.epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))

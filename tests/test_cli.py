@@ -75,6 +75,19 @@ def test_help_is_written(command, capsys):
     assert status == 0 and f"usage: icf {command}" in out
 
 
+@pytest.mark.parametrize("command, option", [("toy", "--bias"), ("check", "--deep"), ("import", "--labels")])
+def test_help_of_data_commands(command, option, capsys):
+    status, out, _ = run(capsys, "data", command, "--help")
+    assert status == 0 and option in out
+
+
+def test_toy_benchmark_passes_its_own_check(tmp_path, capsys):
+    clips = ["--clips", "[2,1,1]", "--subsets", "[ms3]"]
+    assert run(capsys, "data", "toy", str(tmp_path), *clips)[0] == 0
+    status, out, _ = run(capsys, "data", "check", str(tmp_path), "--subset", "ms3", "--json", str(tmp_path / "f.json"))
+    assert status < 2 and (tmp_path / "f.json").is_file(), out
+
+
 def test_importing_icf_is_light():
     code = "import sys, icf; print({'torch', 'timm', 'transformers', 'diffusers', 'matplotlib', 'av'} & {*sys.modules})"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icf.masks import class_map
 from icf.metrics import (
     THRESHOLDS,
     FalsePositives,
@@ -14,7 +15,6 @@ from icf.metrics import (
     MeanChange,
     PixelScores,
     SemanticScores,
-    class_map,
     combined_score,
     count_classes,
     f_curves,
@@ -162,6 +162,13 @@ def test_named_groups_of_the_noisy_set():
     share.update(probability, clips(40))
     assert float(share.scores()["FPR"]) == pytest.approx((probability > 0.5).float().mean().item(), abs=1e-6)
     assert truth.float().mean().item() == pytest.approx(.337891, abs=1e-6)
+
+
+def test_thresholds_reach_from_zero_to_exactly_one():
+    curve = f_curves(torch.tensor([[[1.0, 1.0, 0.0, 0.0]]]), torch.tensor([[[1, 1, 0, 0]]]))[0][0]
+    assert curve[0] == pytest.approx(1.3 * 0.5 / (0.3 * 0.5 + 1)) and curve[1] == curve[-1] == 1 and len(curve) == 255
+    almost = f_curves(torch.tensor([[[1 - 6e-8, 0.0]]]), torch.tensor([[[1, 0]]]))[0][0]
+    assert almost[-2] == 1 and almost[-1] == 0
 
 
 @settings(max_examples=25, deadline=None)

@@ -7,11 +7,11 @@
 #include <limits>
 
 #if defined(__CUDACC__)
-#define ICF_INLINE __host__ __device__ __forceinline__
+#define ICF_HOST_DEVICE __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
-#define ICF_INLINE inline __attribute__((always_inline))  // else it would not be part of the clones of ICF_SIMD
+#define ICF_HOST_DEVICE inline __attribute__((always_inline))  // else it would not be part of the clones of ICF_SIMD
 #else
-#define ICF_INLINE inline
+#define ICF_HOST_DEVICE inline
 #endif
 
 namespace icf {
@@ -19,7 +19,7 @@ namespace icf {
 enum Noise : int64_t { kGaussian, kRademacher, kGiven };
 
 template <typename To, typename From>
-ICF_INLINE To bits_of(From from) {
+ICF_HOST_DEVICE To bits_of(From from) {
   static_assert(sizeof(To) == sizeof(From), "the same bits");
   To to;
   memcpy(&to, &from, sizeof to);
@@ -27,7 +27,7 @@ ICF_INLINE To bits_of(From from) {
 }
 
 template <int rounds = 7>
-ICF_INLINE void philox(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
+ICF_HOST_DEVICE void philox(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
   const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
   c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
   c1 = uint32_t(p1);
@@ -37,17 +37,17 @@ ICF_INLINE void philox(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, u
 }
 
 // The four words of counter `column` of a row.
-ICF_INLINE void philox_words(uint64_t seed, uint64_t row, uint32_t column, uint32_t stream, uint32_t& w0, uint32_t& w1,
+ICF_HOST_DEVICE void philox_words(uint64_t seed, uint64_t row, uint32_t column, uint32_t stream, uint32_t& w0, uint32_t& w1,
                              uint32_t& w2, uint32_t& w3) {
   w0 = column, w1 = uint32_t(row), w2 = uint32_t(row >> 32), w3 = stream;
   philox(w0, w1, w2, w3, uint32_t(seed), uint32_t(seed >> 32));
 }
 
-ICF_INLINE float with_sign(float x, uint32_t sign_in_bit_31) {
+ICF_HOST_DEVICE float with_sign(float x, uint32_t sign_in_bit_31) {
   return bits_of<float>(bits_of<uint32_t>(x) ^ (sign_in_bit_31 & 0x80000000u));
 }
 
-ICF_INLINE float square_root(float x) {
+ICF_HOST_DEVICE float square_root(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));  // within 2^-23, at a fraction of the cost
@@ -58,7 +58,7 @@ ICF_INLINE float square_root(float x) {
 }
 
 // Box-Muller: two independent normals of two words. Polynomials, so that all backends agree to rounding.
-ICF_INLINE void gaussian_pair(uint32_t w0, uint32_t w1, float& n0, float& n1) {
+ICF_HOST_DEVICE void gaussian_pair(uint32_t w0, uint32_t w1, float& n0, float& n1) {
   const float u = float(int32_t((w0 >> 8) | 1u)) * 0x1p-24f;  // odd, so never 0 and never 1
   const int32_t bits = bits_of<int32_t>(u), exponent = (bits - 0x3F3504F3) >> 23;  // u = 2^exponent (1 + m)
   const float m = bits_of<float>(bits - exponent * 0x800000) - 1.0f;  // in [sqrt(1/2) - 1, sqrt(2) - 1)
@@ -82,7 +82,7 @@ ICF_INLINE void gaussian_pair(uint32_t w0, uint32_t w1, float& n0, float& n1) {
 #if defined(__CUDACC__)
 __host__ __device__ __noinline__  // rare on a GPU, and long
 #else
-ICF_INLINE
+ICF_HOST_DEVICE
 #endif
 void gaussian_pair(uint32_t w0, uint32_t w1, double& n0, double& n1) {
   const double radius = sqrt(-2 * log(double((w0 >> 8) | 1u) * 0x1p-24));
@@ -93,7 +93,7 @@ void gaussian_pair(uint32_t w0, uint32_t w1, double& n0, double& n1) {
 
 // Sums of squares outside are too near to under- or overflow: the row is scaled first.
 template <typename A>
-ICF_INLINE bool needs_scaling(A square) {
+ICF_HOST_DEVICE bool needs_scaling(A square) {
   constexpr A eps = std::numeric_limits<A>::epsilon();
   return !(square >= std::numeric_limits<A>::min() / (eps * eps) && square <= std::numeric_limits<A>::max() * (eps * eps));
 }
@@ -101,7 +101,7 @@ ICF_INLINE bool needs_scaling(A square) {
 // Whether less than a quarter of the noise's square is orthogonal to z, so that subtracting the projection from the sums
 // alone would lose digits, and the noise itself has to be projected.
 template <typename A>
-ICF_INLINE bool needs_projection(A zz, A pz, A pp) {
+ICF_HOST_DEVICE bool needs_projection(A zz, A pz, A pp) {
   return zz > 0 && pp * zz - pz * pz < pp * zz / 4;
 }
 
@@ -116,7 +116,7 @@ struct BlendTerms {
   A a, b, inv_z, inv_n, e, norm;
 
   // u = (p - e z/|z|) / n is the unit vector of the noise, e = p.z/|z|
-  ICF_INLINE BlendTerms(const BlendRow<A>& row, A ratio) {
+  ICF_HOST_DEVICE BlendTerms(const BlendRow<A>& row, A ratio) {
     constexpr A tol = 8 * std::numeric_limits<A>::epsilon();  // noise of which no more is left is parallel to z
     const A rho = ratio < 0 ? A(0) : ratio > 1 ? A(1) : ratio;
     a = sqrt(1 - rho);
@@ -131,7 +131,7 @@ struct BlendTerms {
 
 // z' = z_coef z + p_coef p
 template <typename A>
-ICF_INLINE void blend_forward(const BlendRow<A>& row, A ratio, bool restore_norm, A& z_coef, A& p_coef) {
+ICF_HOST_DEVICE void blend_forward(const BlendRow<A>& row, A ratio, bool restore_norm, A& z_coef, A& p_coef) {
   const BlendTerms<A> t(row, ratio);
   const A size = restore_norm ? t.norm : A(1);
   z_coef = size * (t.a - t.b * t.e * t.inv_n) * t.inv_z;
@@ -140,7 +140,7 @@ ICF_INLINE void blend_forward(const BlendRow<A>& row, A ratio, bool restore_norm
 
 // grad_z = g_coef g + z_coef z + p_coef p, of the unscaled z, where gz = g.z and gp = g.p
 template <typename A>
-ICF_INLINE void blend_backward(const BlendRow<A>& row, A ratio, bool restore_norm, A gz, A gp, A& g_coef, A& z_coef,
+ICF_HOST_DEVICE void blend_backward(const BlendRow<A>& row, A ratio, bool restore_norm, A gz, A gp, A& g_coef, A& z_coef,
                                A& p_coef, A& grad_ratio) {
   const BlendTerms<A> t(row, ratio);
   const A g_unit = gz * t.inv_z, gu = (gp - t.e * g_unit) * t.inv_n;

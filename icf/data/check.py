@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,6 +39,7 @@ COUNTS = {
     "ms3": {"ms3": (296, 64, 64)},
     "avss": {"v1s": (3452, 740, 740), "v1m": (296, 64, 64), "v2": (4750, 500, 750)},
 }
+LABELS = tuple(COUNTS["avss"])
 CLASSES = 71  # of AVSS, with background
 SIDE = 224  # pixels of S4's and MS3's frames
 SHORTEST = {5: 4.815, 10: 9.615}  # s of sound that give an example for each of so many frames
@@ -222,7 +224,7 @@ def _surplus(folder: Path, subset: str, records: list[Record]) -> Iterator[Findi
     expected = {path for record in records for path in _files(record, subset)}
     folders = {parent for path in expected for parent in path.parents}
     if subset == "avss":
-        tops = [folder / label for label in ("v1s", "v1m", "v2")]
+        tops = [folder / label for label in LABELS]
     else:
         base = folder / f"{subset}_data"
         tops = [base / name for name in ("visual_frames", "gt_masks", "audio_wav", "audio_log_mel")]
@@ -276,7 +278,7 @@ def _examine(record: Record, folder: Path, subset: str, classes: list[str], deep
 
     def present(path: Path, check: str, level: str = "error") -> bool:
         if not path.is_file():
-            elsewhere = [label for label in COUNTS["avss"] if (folder / label / record.sound.parent.name).is_dir()]
+            elsewhere = [label for label in LABELS if (folder / label / record.sound.parent.name).is_dir()]
             hint = f"missing; the clip is in {elsewhere[0]}" if subset == "avss" and elsewhere and \
                 record.source not in elsewhere else "missing"
             clip.add(check, level, _relative(path, folder), hint)
@@ -288,13 +290,13 @@ def _examine(record: Record, folder: Path, subset: str, classes: list[str], deep
             sizes[path.stem] = _frame(path, folder, subset, deep, clip)
     for path in _labels(record):
         if present(path, "files"):
-            size = _label(path, record, folder, classes if subset in ("avss", "folder") else [], deep, clip)
+            size, values = _label(path, record, folder, classes, deep, clip)
             frame = sizes.get(path.stem)
-            if subset != "s4" and subset != "ms3" and size and frame and size != frame:
+            if subset not in ("s4", "ms3") and size and frame and size != frame:
                 clip.add("labels", "error", _relative(path, folder), f"is {size[0]}x{size[1]}, its frame "
                                                                      f"{frame[0]}x{frame[1]}")
-            if subset == "avss" and present(_coloured(path), "colours", "warning") and deep:
-                _colours(path, folder, len(classes), clip)
+            if subset == "avss" and present(_coloured(path), "colours", "warning") and values is not None:
+                _colours(_coloured(path), values, folder, len(classes), clip)
     if present(record.sound, "files"):
         _sound(record, folder, deep, clip)
     if record.log_mel is not None and record.log_mel.is_file():
@@ -334,24 +336,25 @@ def _frame(path: Path, folder: Path, subset: str, deep: bool, clip: Clip) -> tup
 
 
 def _label(path: Path, record: Record, folder: Path, classes: list[str], deep: bool,
-           clip: Clip) -> tuple[int, int] | None:
+           clip: Clip) -> tuple[tuple[int, int] | None, np.ndarray | None]:
+    """Width and height, None for a broken file, and the values where they are looked at."""
     where = _relative(path, folder)
     try:
         if not deep:
             with open_picture(path) as image:
                 size = image.size
             clip.counts["labels"] += 1
-            return size
+            return size, None
         values = read_label(path)
     except ValueError as error:
         clip.add("labels", "error", where, _reason(error))
-        return None
+        return None, None
     clip.counts["labels"] += 1
-    if record.source in ("v1s", "v1m", "v2") or classes:
+    if classes or record.source in LABELS:
         _indices(values, where, classes, clip)
     else:
         _binary(values, where, record, clip)
-    return values.shape[1], values.shape[0]
+    return values.shape[1::-1], values
 
 
 def _binary(values: np.ndarray, where: str, record: Record, clip: Clip) -> None:
@@ -370,9 +373,10 @@ def _indices(values: np.ndarray, where: str, classes: list[str], clip: Clip) -> 
     if values.ndim != 2:
         clip.add("labels", "error", where, f"{values.shape[2]} channels, expected one of class indices")
         return
-    present, counts = np.unique(values, return_counts=True)
-    clip.pixels.update(dict(zip(present.tolist(), counts.tolist(), strict=True)))
-    if wrong := [i for i in present.tolist() if i >= len(classes) and i != IGNORE and classes]:
+    counts = np.bincount(values.reshape(-1))
+    present = np.flatnonzero(counts).tolist()
+    clip.pixels.update({i: int(counts[i]) for i in present})
+    if wrong := [i for i in present if i >= len(classes) and i != IGNORE and classes]:
         clip.add("labels", "error", where, f"holds {wrong}, expected indices below {len(classes)}")
     stray = stray_components(values)
     if stray:
@@ -415,31 +419,47 @@ def stray_components(values: np.ndarray) -> list[int]:
     return [int(value[i]) for i in range(len(kept)) if 0 < areas[i] < STRAY]
 
 
-def _colours(label: Path, folder: Path, classes: int, clip: Clip) -> None:
+def _colours(path: Path, index: np.ndarray, folder: Path, classes: int, clip: Clip) -> None:
     """Compare `labels_rgb` with the class indices in both orders of the channels, where these differ."""
-    path = _coloured(label)
     try:
-        index, colours = read_label(label), read_label(path)
+        colours = read_label(path)
     except ValueError as error:
         clip.add("colours", "warning", _relative(path, folder), f"cannot be compared: {_reason(error)}")
         return
-    if index.ndim != 2 or colours.shape != (*index.shape, 3):
+    if index.ndim != 2 or index.dtype != np.uint8 or colours.shape != (*index.shape, 3):
         clip.add("colours", "warning", _relative(path, folder), f"has shape {list(colours.shape)}, its labels "
                                                                 f"{list(index.shape)}")
         return
-    palette = class_palette(256)
-    codes, known = _codes(colours), _codes(palette[:max(classes, 1)])
+    rgb, bgr = _class_codes()
+    codes = _codes(colours)
+    telling = (rgb != bgr)[index]
     clip.counts["coloured pixels"] += codes.size
-    clip.counts["unknown colours"] += int((~np.isin(codes, known)).sum())
-    telling = _codes(palette)[index] != _codes(palette[:, ::-1])[index]
+    clip.counts["unknown colours"] += codes.size - int(_known_codes(classes)[codes].sum())
     clip.counts["telling"] += int(telling.sum())
-    clip.counts["RGB"] += int((codes == _codes(palette)[index])[telling].sum())
-    clip.counts["BGR"] += int((codes == _codes(palette[:, ::-1])[index])[telling].sum())
+    clip.counts["RGB"] += int(((codes == rgb[index]) & telling).sum())
+    clip.counts["BGR"] += int(((codes == bgr[index]) & telling).sum())
 
 
 def _codes(colours: np.ndarray) -> np.ndarray:
-    """Colours [...,3] as single numbers."""
-    return colours.astype(np.int32) @ np.array([65536, 256, 1], dtype=np.int32)
+    """Colours [...,3] uint8 as single numbers."""
+    red, green, blue = np.moveaxis(colours.astype(np.int32), -1, 0)
+    return red << 16 | green << 8 | blue
+
+
+@lru_cache(maxsize=1)
+def _class_codes() -> tuple[np.ndarray, np.ndarray]:
+    """The colour of every index [256], as RGB and as BGR."""
+    palette = class_palette(256)
+    return _codes(palette), _codes(palette[:, ::-1])
+
+
+@lru_cache(maxsize=1)
+def _known_codes(classes: int) -> np.ndarray:
+    """Whether a colour is that of a class, in either order of the channels [2**24]."""
+    known = np.zeros(2**24, dtype=bool)
+    for codes in _class_codes():
+        known[codes[:max(classes, 1)]] = True
+    return known
 
 
 def _sound(record: Record, folder: Path, deep: bool, clip: Clip) -> None:

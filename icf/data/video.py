@@ -19,7 +19,8 @@ from av.stream import Disposition
 
 SOUND_RATE = 16000
 SOUND_JUMP = Fraction(1, 20)  # seconds between two pieces of sound from which the time stamps are believed: a gap
-COPIED_SOUND = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac"}  # what players accept inside an mp4
+COLOURS = {1: "ITU709", 4: "FCC", 7: "SMPTE240M"}  # by FFmpeg's number, which older PyAV overlook
+COPIED_SOUND = {"aac", "mp3", "mp3float", "ac3", "eac3", "opus", "flac", "alac"}  # what players accept inside an mp4
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def write_video(
                     container.mux(packet)
                     packet = next(source, None)
                 container.mux(_encoded(picture, time, image))
-            container.mux(_finished(picture))
+            container.mux(picture.encode(None))
             container.mux([] if packet is None else [packet])
             for packet in source:
                 container.mux(packet)
@@ -247,7 +248,9 @@ def _time(frame) -> Fraction | None:
 def _upright(frame: av.VideoFrame, size: tuple[int, int] | None = None) -> np.ndarray:
     """[height, width, 3] uint8 RGB, turned as the file asks."""
     width, height = size or (frame.width, frame.height)
-    image = frame.to_ndarray(format="rgb24", width=width, height=height)
+    known = COLOURS.get(frame.colorspace)
+    colours = {"src_colorspace": known, "dst_colorspace": "DEFAULT"} if known else {}
+    image = frame.to_ndarray(format="rgb24", width=width, height=height, **colours)
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
 
 
@@ -272,18 +275,7 @@ def _encoded(stream, time: Fraction, image: np.ndarray) -> list[av.Packet]:
     frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
     frame.time_base = stream.codec_context.time_base
     frame.pts = round(time / frame.time_base)
-    return _timed(stream, stream.encode(frame))
-
-
-def _finished(stream) -> list[av.Packet]:
-    return _timed(stream, stream.encode(None))
-
-
-def _timed(stream, packets: list[av.Packet]) -> list[av.Packet]:
-    """Give packets a duration, from which the length of the last picture is taken."""
-    for packet in packets:
-        packet.duration = packet.duration or round(1 / (stream.average_rate * packet.time_base))
-    return packets
+    return stream.encode(frame)
 
 
 def _sound_packets(container, path: Path, start: Fraction) -> Iterator[av.Packet]:
@@ -292,18 +284,20 @@ def _sound_packets(container, path: Path, start: Fraction) -> Iterator[av.Packet
         if not source.streams.audio:
             raise ValueError(f"{path}: no sound track")
         track = source.streams.audio[0]
-        shift = round(start / track.time_base)
         if track.codec_context.name in COPIED_SOUND:
             target = container.add_stream_from_template(track)
+            shift = round(start / track.time_base)
             for packet in source.demux(track):
                 if packet.dts is not None:
-                    packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, target
+                    packet.pts = (packet.dts if packet.pts is None else packet.pts) - shift
+                    packet.dts, packet.stream = packet.dts - shift, target
                     yield packet
             return
         layout = "mono" if track.channels == 1 else "stereo"
         target = container.add_stream("aac", rate=min(track.rate, 48000), layout=layout)
         for frame in source.decode(track):
             if frame.pts is not None:
-                frame.pts -= shift
+                frame.pts = round((_time(frame) - start) * frame.sample_rate)
+                frame.time_base = Fraction(1, frame.sample_rate)
             yield from target.encode(frame)
         yield from target.encode(None)

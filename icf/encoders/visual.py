@@ -73,6 +73,8 @@ def _create(name: str, weights: str) -> nn.Module:
                                f"({first_line(error)}); give a local file, or 'none' for a random start") from error
     state = read_weights("model.visual.weights", weights)
     try:
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options)
+        for form in ({}, options):      # only the whole network is loaded strictly: timm lets a pyramid miss any weight
+            net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(state)}, **form)
+        return net
     except Exception as error:
         raise ValueError(f"model.visual.weights: {weights} does not fit {name} ({first_line(error)})") from error

@@ -92,10 +92,10 @@ def ms_deform_attn_fused(value: Tensor, spatial_shapes: Shapes, reference_points
     chosen = choose(op, backend, (value, sizes, reference_points, sampling_offsets, attention_logits), ops.CAN_RUN)
     if chosen == "reference":
         return reference.ms_deform_attn_fused(value, sizes, reference_points, sampling_offsets, attention_logits)
-    points = reference_points.expand(B, Q, L, reference_points.shape[-1])
     offsets, logits = sampling_offsets.reshape(B, Q, M, L, P, 2), attention_logits.reshape(B, Q, M, L, P)
-    cast, offsets, logits = _types(value, offsets, logits, points)
-    points = points.to(torch.promote_types(cast.dtype, torch.float32))  # few, and worth more than 16 bits
+    cast, offsets, logits = _types(value, offsets, logits, reference_points)
+    points = reference_points.to(torch.promote_types(cast.dtype, torch.float32))  # few, and worth more than 16 bits
+    points = _unit_stride(points).expand(B, Q, L, -1)
     return kernel(op, chosen)(cast, sum(sizes, ()), points, offsets, logits).to(value.dtype)
 
 
@@ -215,10 +215,14 @@ def _queries_and_points(coordinates, value, sizes):
 def _types(value, coordinates, weights, *others):
     """The tensors as kernels take them: float64 if any is, else coordinates and weights alike, float32 or as value."""
     if torch.float64 in (t.dtype for t in (value, coordinates, weights, *others)):
-        return value.double(), _rows(coordinates.double()), _rows(weights.double())
+        return _unit_stride(value.double()), _rows(coordinates.double()), _rows(weights.double())
     if coordinates.dtype != weights.dtype or coordinates.dtype != value.dtype:
         coordinates, weights = coordinates.float(), weights.float()
-    return (value if value.stride(-1) == 1 else value.contiguous()), _rows(coordinates), _rows(weights)
+    return _unit_stride(value), _rows(coordinates), _rows(weights)
+
+
+def _unit_stride(tensor):
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _rows(tensor):

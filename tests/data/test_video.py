@@ -76,6 +76,14 @@ def test_one_picture_a_second_and_the_last_half(tmp_path, seconds, expected):
     assert video.duration == pytest.approx(seconds) and video.frame_rate == 10
 
 
+def test_a_picture_is_on_show_from_its_own_time_on(tmp_path):
+    """At 16 pictures a second one comes exactly at 15/16 s."""
+    frames = [(Fraction(i, 16), np.full((48, 64, 3), 5 * i, np.uint8)) for i in range(32)]
+    write_video(tmp_path / "a.mp4", frames, Fraction(16), Fraction(1, 16))
+    sampled = open_video(tmp_path / "a.mp4", silent_ok=True).sampled()
+    assert [time for time, _ in sampled] == [Fraction(15, 16), Fraction(31, 16)]
+
+
 def test_rate_and_place_of_sampling_can_be_chosen(tmp_path):
     video = open_video(make_video(tmp_path / "a.mp4", 2))
     assert levels(video.sampled(fps=2, offset=0.5)) == [2, 7, 12, 17]
@@ -147,7 +155,9 @@ def test_a_wav_reads_as_it_is(tmp_path):
 @pytest.mark.parametrize("name, coding, kept", [
     ("a.mp4", {}, "aac"), ("a.mkv", {"sound": "libopus", "rate": 48000, "delay": 0.4}, "opus"),
     ("a.mov", {"sound": "pcm_s16le", "delay": 0.4}, "aac"), ("b.mp4", {"times": [0, 0.1, 0.7, 1.3, 2.9]}, "aac"),
-    ("c.mp4", {"sound": None}, None)])
+    ("c.mp4", {"sound": None}, None), ("a.avi", {"sound": "libmp3lame", "codec": "mpeg4"}, "mp3float"),
+    ("b.avi", {"sound": "adpcm_ms", "codec": "mpeg4"}, "aac"), ("late.mkv", {"times": np.arange(7, 30) / 10}, "aac"),
+    ("late.mov", {"times": np.arange(7, 30) / 10, "sound": "pcm_s16le"}, "aac")])
 def test_writing_keeps_all_pictures_times_and_sound(tmp_path, name, coding, kept):
     source = open_video(make_video(tmp_path / name, **coding), silent_ok=True)
     out = tmp_path / "out.mp4"

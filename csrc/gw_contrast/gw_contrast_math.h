@@ -1,0 +1,272 @@
+// The arithmetic of one pair: scaling, one-sided Jacobi, spectral weights. V is a number, or on the host a vector of
+// them (GCC's vector extension) with one pair per lane; the CUDA kernels and the CPU's run this same text.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define ICF_MATH __host__ __device__ __forceinline__
+#define ICF_UNROLL _Pragma("unroll")  // registers are not indexed: a kernel's loops over a matrix have to unroll
+#else
+#define ICF_MATH inline __attribute__((always_inline))
+#define ICF_UNROLL
+#endif
+
+namespace icf::gw {
+
+enum class Spectral { plain, smooth, entropic };
+
+template <typename V, typename = void>
+struct Lane {
+  using type = std::remove_cv_t<std::remove_reference_t<decltype(std::declval<V&>()[0])>>;
+};
+template <typename V>
+struct Lane<V, std::enable_if_t<std::is_arithmetic_v<V>>> {
+  using type = V;
+};
+template <typename V>
+using lane_t = typename Lane<V>::type;
+template <typename V>
+constexpr int kLanes = sizeof(V) / sizeof(lane_t<V>);
+template <typename V>
+constexpr lane_t<V> kEpsilon = std::is_same_v<lane_t<V>, double> ? lane_t<V>(2.220446049250313e-16) : lane_t<V>(1.1920929e-7);
+template <typename V>
+constexpr int kSweeps = std::is_same_v<lane_t<V>, double> ? 16 : 12;  // twice what random matrices of order 30 take
+
+template <typename V>
+ICF_MATH V square_root(const V& x) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return sqrt(x);
+  } else {
+    V root;
+    for (int l = 0; l < kLanes<V>; ++l) root[l] = std::sqrt(x[l]);
+    return root;
+  }
+}
+
+template <typename V>
+ICF_MATH V log_1p(const V& x) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return log1p(x);
+  } else {
+    V result;
+    for (int l = 0; l < kLanes<V>; ++l) result[l] = std::log1p(x[l]);
+    return result;
+  }
+}
+
+template <typename M>
+ICF_MATH bool any(const M& mask) {
+  if constexpr (std::is_arithmetic_v<M>) {
+    return mask;
+  } else {
+    lane_t<M> all = 0;
+    for (int l = 0; l < kLanes<M>; ++l) all |= mask[l];
+    return all != 0;
+  }
+}
+
+template <typename V>
+ICF_MATH V magnitude(const V& x) {
+  return x < 0 ? -x : x;
+}
+
+// 2^-floor(log2 x) for x >= 0, kept in the normal range: what brings x into [1, 2) without rounding.
+template <typename V>
+ICF_MATH V inverse_power_of_two(const V& x) {
+  using S = lane_t<V>;
+  using Int = std::conditional_t<std::is_same_v<S, double>, int64_t, int32_t>;
+  constexpr int kMantissa = std::is_same_v<S, double> ? 52 : 23;
+  constexpr Int kTop = std::is_same_v<S, double> ? 2046 : 254;
+  if constexpr (std::is_arithmetic_v<V>) {
+    Int bits;
+    memcpy(&bits, &x, sizeof x);
+    const Int exponent = bits >> kMantissa;
+    bits = (kTop - (exponent < 1 ? 1 : exponent > kTop - 1 ? kTop - 1 : exponent)) << kMantissa;
+    V scale;
+    memcpy(&scale, &bits, sizeof x);
+    return scale;
+  } else {
+    V scale;
+    for (int l = 0; l < kLanes<V>; ++l) scale[l] = inverse_power_of_two<S>(x[l]);
+    return scale;
+  }
+}
+
+// The tournament: in each of `players - 1` rounds (players even), `players / 2` disjoint pairs; after all of them each two
+// have met once. Rotations of one round do not depend on one another.
+ICF_MATH void tournament_pair(int round, int table, int players, int& p, int& q) {
+  const int ring = players - 1;
+  p = (round + table) % ring;
+  q = table == 0 ? ring : (round - table + ring) % ring;
+  if (p > q) {
+    const int swap = p;
+    p = q;
+    q = swap;
+  }
+}
+
+// The plane rotation that makes two columns orthogonal, from their squared norms a, b and product g: tangent, cosine.
+template <typename V>
+ICF_MATH auto rotation(const V& a, const V& b, const V& g, V& tangent, V& cosine) {
+  using S = lane_t<V>;
+  constexpr S kTolerance = 2 * kEpsilon<V>;  // |g| / sqrt(a b) that counts as orthogonal
+  constexpr S kTiny = std::is_same_v<S, double> ? S(1e-300) : S(1e-36);
+  const V zero = V{}, one = zero + S(1);
+  const auto turn = g * g > kTolerance * kTolerance * a * b + kTiny;
+  const V difference = b - a;
+  const V root = square_root<V>(difference * difference + 4 * g * g);
+  const V divisor = difference < 0 ? difference - root : difference + root;
+  tangent = turn ? 2 * g / (turn ? divisor : one) : zero;
+  cosine = one / square_root<V>(one + tangent * tangent);
+  return turn;
+}
+
+template <typename V>
+ICF_MATH void rotate(V& x, V& y, const V& cosine, const V& sine) {
+  const V old = x;
+  x = cosine * old - sine * y;
+  y = sine * old + cosine * y;
+}
+
+// One-sided Jacobi: turns the columns of a, `cols` columns of `rows` each, into singular values times left singular
+// vectors, and those of v into right singular vectors; squared singular values in norm. ROWS and COLS, if not 0, are known when compiled.
+template <int ROWS, int COLS, typename V>
+ICF_MATH void jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
+  if (ROWS) rows = ROWS;
+  if (COLS) cols = COLS;
+  const int players = cols + cols % 2;
+  V *const cosines = norm + cols, *const sines = cosines + players / 2;
+  ICF_UNROLL
+  for (int i = 0; i < cols * cols; ++i) v[i] = V{} + lane_t<V>(i % (cols + 1) == 0);
+  for (int sweep = 0; sweep < kSweeps<V>; ++sweep) {
+    ICF_UNROLL
+    for (int c = 0; c < cols; ++c) {
+      norm[c] = V{};
+      ICF_UNROLL
+      for (int r = 0; r < rows; ++r) norm[c] += a[c * rows + r] * a[c * rows + r];
+    }
+    bool active = false;
+    ICF_UNROLL
+    for (int round = 0; round < players - 1; ++round) {
+      decltype(*norm < *norm) turning{};  // all angles of a round first: their long latencies overlap
+      ICF_UNROLL
+      for (int table = 0; table < players / 2; ++table) {
+        int p, q;
+        tournament_pair(round, table, players, p, q);
+        if (q >= cols) continue;  // an odd number of columns leaves one out
+        V g = V{};
+        ICF_UNROLL
+        for (int r = 0; r < rows; ++r) g += a[p * rows + r] * a[q * rows + r];
+        turning |= rotation<V>(norm[p], norm[q], g, sines[table], cosines[table]);
+        norm[p] -= sines[table] * g;
+        norm[q] += sines[table] * g;
+        sines[table] *= cosines[table];
+      }
+      if (!any(turning)) continue;
+      active = true;
+      ICF_UNROLL
+      for (int table = 0; table < players / 2; ++table) {
+        int p, q;
+        tournament_pair(round, table, players, p, q);
+        if (q >= cols) continue;
+        ICF_UNROLL
+        for (int r = 0; r < rows; ++r) rotate<V>(a[p * rows + r], a[q * rows + r], cosines[table], sines[table]);
+        if (!with_v) continue;
+        ICF_UNROLL
+        for (int r = 0; r < cols; ++r) rotate<V>(v[p * cols + r], v[q * cols + r], cosines[table], sines[table]);
+      }
+    }
+    if (!active) break;
+  }
+}
+
+// f(sigma) and f'(sigma) / sigma for the squared singular value `square`.
+template <typename V>
+ICF_MATH void spectral_term(Spectral spectral, const V& square, const V& rank_cut, const V& r, V& value, V& weight) {
+  using S = lane_t<V>;
+  const V zero = V{}, one = zero + S(1);
+  if (spectral == Spectral::plain) {
+    const V sigma = square_root<V>(square);
+    const auto kept = sigma > rank_cut;
+    value = 2 * sigma;
+    weight = kept ? 2 / (kept ? sigma : one) : zero;
+  } else if (spectral == Spectral::smooth) {
+    const V root = square_root<V>(square + r * r);
+    value = 2 * square / (root + r);
+    weight = 2 / root;
+  } else {
+    const V sum = square_root<V>(4 * square + r * r) + r;
+    const V u = 4 * square / sum;
+    value = u - r * log_1p<V>(u / (2 * r));
+    weight = 4 / sum;
+  }
+}
+
+// The sum of f over the singular values of a, and, in a, U diag(f') V^T. `poison` is 0, or NaN to mark the result.
+// Scratch: cols x cols in v, 2 cols + 1 in norm.
+template <int ROWS, int COLS, typename V>
+ICF_MATH V spectral_sum(V* a, V* v, V* norm, int rows, int cols, bool polar, Spectral spectral, lane_t<V> regularization,
+                        const V& poison) {
+  if (ROWS) rows = ROWS;
+  if (COLS) cols = COLS;
+  V largest = V{}, total = V{}, maximum = V{};
+  ICF_UNROLL
+  for (int i = 0; i < rows * cols; ++i) {
+    const V size = magnitude<V>(a[i]);
+    largest = size > largest ? size : largest;
+  }
+  const V scale = inverse_power_of_two<V>(largest);
+  ICF_UNROLL
+  for (int i = 0; i < rows * cols; ++i) a[i] *= scale;
+  jacobi<ROWS, COLS, V>(a, v, norm, rows, cols, polar);
+  ICF_UNROLL
+  for (int c = 0; c < cols; ++c) maximum = norm[c] > maximum ? norm[c] : maximum;
+  const V rank_cut = square_root<V>(maximum) * (kEpsilon<V> * (rows > cols ? rows : cols));
+  ICF_UNROLL
+  for (int c = 0; c < cols; ++c) {
+    V value, weight;
+    spectral_term<V>(spectral, norm[c], rank_cut, regularization * scale, value, weight);
+    total += value;
+    norm[c] = weight + poison;
+  }
+  if (!polar) return total / scale;
+  V* row = norm + cols;
+  ICF_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    ICF_UNROLL
+    for (int c = 0; c < cols; ++c) row[c] = V{};
+    ICF_UNROLL
+    for (int k = 0; k < cols; ++k) {
+      const V left = a[k * rows + r] * norm[k];
+      ICF_UNROLL
+      for (int c = 0; c < cols; ++c) row[c] += left * v[k * cols + c];
+    }
+    ICF_UNROLL
+    for (int c = 0; c < cols; ++c) a[c * rows + r] = row[c];
+  }
+  return total / scale;
+}
+
+// Inversion in place without pivoting, for I + G / eps: for each k the row k, then all others.
+ICF_MATH void scale_pivot_row(double* matrix, int order, int k) {
+  const double factor = 1 / matrix[k * order + k];
+  matrix[k * order + k] = 1;
+  for (int j = 0; j < order; ++j) matrix[k * order + j] *= factor;
+}
+
+ICF_MATH void eliminate(double* matrix, int order, int k, int i) {
+  const double factor = matrix[i * order + k];
+  matrix[i * order + k] = 0;
+  for (int j = 0; j < order; ++j) matrix[i * order + j] -= factor * matrix[k * order + j];
+}
+
+// What the row of the factor that compares a valid frame with the mean of `before` valid ones is divided by.
+template <typename T>
+ICF_MATH T row_scale(T before, T count) {
+  return before > 0 ? 1 / square_root<T>(before * (before + 1) * count) : T(0);
+}
+
+}  // namespace icf::gw

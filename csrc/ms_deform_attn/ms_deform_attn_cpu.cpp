@@ -1,0 +1,553 @@
+// One thread owns one (image, head). It first copies the head's maps into a slice of its own, in the type computed in,
+// with a border of zeros: every sample then reads its four corners without a test, rows of one head lie together in
+// cache, 16-bit values are widened once, and any head size becomes a multiple of the vector width. The backward pass
+// adds into a second such slice, so it needs no atomics and gives the same bits for any number of threads.
+#include "common/tensor.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace icf {
+namespace {
+
+constexpr int64_t kChunk = 16;  // queries whose points are computed together, in lanes of n = L * P points a query
+constexpr int64_t kVector = 8;  // channels of a slice are rounded up to it
+
+template <typename A>
+class Buffer {  // zeros, aligned to a cache line
+ public:
+  explicit Buffer(int64_t size) : data_(new (std::align_val_t{64}) A[size]()) {}
+  A* get() const { return data_.get(); }
+
+ private:
+  struct Delete {
+    void operator()(A* p) const { operator delete[](p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<A[], Delete> data_;
+};
+
+struct Level {
+  int64_t height, width, start;  // start: of the map in value
+  int64_t first, pitch;          // rows of the slice: pixel (x, y) is row first + (y + 1) * pitch + x + 1
+};
+
+struct Geometry {
+  int64_t B, S, M, D, Q, P, n, channels;  // channels: D rounded up
+  int64_t rows = 0, outside = 0;          // of a slice; rows from `outside` on stay zero for any corner
+  std::vector<Level> levels;
+
+  // The right border of a line is the left border of the next: a line takes width + 1 rows.
+  Geometry(const Tensor& value, const std::vector<int64_t>& sizes, const Tensor& weights)
+      : B(value.size(0)), S(value.size(1)), M(value.size(2)), D(value.size(3)), Q(weights.size(1)), P(weights.size(4)),
+        n(weights.size(3) * P), channels((D + kVector - 1) / kVector * kVector) {
+    int64_t start = 0, widest = 0;
+    for (size_t l = 0; l + 1 < sizes.size(); l += 2) {
+      const int64_t height = sizes[l], width = sizes[l + 1];
+      STD_TORCH_CHECK(height > 0 && width > 0 && height < INT32_MAX && width < INT32_MAX, "sizes must be positive");
+      levels.push_back({height, width, start, rows, width + 1});
+      start += height * width;
+      rows += (height + 2) * (width + 1);
+      widest = std::max(widest, width);
+    }
+    outside = rows;
+    rows += widest + 3;
+    STD_TORCH_CHECK(start == S && int64_t(levels.size()) == weights.size(3), "sizes must describe value");
+    STD_TORCH_CHECK(rows < INT32_MAX, "value must have fewer than 2^31 pixels per image");
+  }
+};
+
+// What is read of the points of a query, as [B, Q, M, n] with strides for B and Q.
+template <typename A, typename L>
+struct Inputs {
+  const L *coordinates, *weights;
+  int64_t coordinates_b, coordinates_q, weights_b, weights_q;
+  const A* reference = nullptr;  // [B, Q, levels, 2 or 4]; if given, coordinates are offsets and weights are logits
+  int64_t reference_size = 0, reference_b = 0, reference_q = 0, reference_l = 0;
+};
+
+// The points of a chunk of queries, one to a lane: kChunk * n of them.
+template <typename A>
+struct Lanes {
+  explicit Lanes(const Geometry& g) : size(kChunk * g.n), numbers(22 * size), integers(3 * size) {
+    A* next = numbers.get();
+    for (A** array : {&width, &height, &scale_x, &scale_y, &base_x, &base_y, &raw_x, &raw_y, &weight, &s, &t, &w[0], &w[1],
+                      &w[2], &w[3], &d[0], &d[1], &d[2], &d[3], &grad_x, &grad_y, &grad_weight})
+      *array = std::exchange(next, next + size);
+    first = integers.get(), pitch = first + size, row = pitch + size;
+    for (int64_t i = 0; i < size; ++i) {
+      const Level& level = g.levels[i % g.n / g.P];
+      scale_x[i] = width[i] = A(level.width), scale_y[i] = height[i] = A(level.height);
+      first[i] = int32_t(level.first), pitch[i] = int32_t(level.pitch);
+    }
+  }
+
+  int64_t size;
+  Buffer<A> numbers;
+  Buffer<int32_t> integers;
+  A *width, *height;                       // of the level
+  A *scale_x, *scale_y, *base_x, *base_y;  // pixel = raw * scale + base - 0.5
+  A *raw_x, *raw_y, *weight;               // coordinates as given; attention weight
+  A *s, *t, *w[4];                         // fractions; weights of the corners, attention weight included
+  A *d[4];                                 // dot products of the corners with the incoming gradient
+  A *grad_x, *grad_y, *grad_weight;        // with respect to pixels and attention weight
+  int32_t *first, *pitch, *row;            // row: of the corner with the smallest x and y
+};
+
+// exp for arguments up to 0, within 1 ulp, in a form that compilers vectorise; 0 below -87.
+ICF_INLINE float exp_of_nonpositive(float x) {
+  const float shifted = x * 1.44269504f + 12582912.f;  // rounds to an integer, which the low bits hold
+  const float k = shifted - 12582912.f;
+  const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.f, 1.f})
+    p = p * r + c;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = int32_t(uint32_t(bits + 127) << 23);
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return x < -87.f ? 0.f : p * power;
+}
+ICF_INLINE double exp_of_nonpositive(double x) { return std::exp(x); }
+
+template <typename A>
+ICF_SIMD void softmax(A* logits, int64_t queries, int64_t n) {
+  for (int64_t q = 0; q < queries; ++q) {
+    A* a = logits + q * n;
+    A largest = a[0], sum = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < n; ++i) largest = a[i] > largest ? a[i] : largest;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) a[i] = exp_of_nonpositive(a[i] - largest);
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += a[i];
+    const A inverse = 1 / sum;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) a[i] *= inverse;
+  }
+}
+
+// Reads the points of queries [q, q + count) of one head into the lanes.
+template <typename A, typename L>
+ICF_SIMD void load(const Inputs<A, L>& in, const Geometry& g, int64_t b, int64_t q, int64_t m, int64_t count,
+                   const Lanes<A>& lane) {
+  for (int64_t k = 0; k < count; ++k) {
+    const L* coordinates = in.coordinates + b * in.coordinates_b + (q + k) * in.coordinates_q + m * g.n * 2;
+    const L* weights = in.weights + b * in.weights_b + (q + k) * in.weights_q + m * g.n;
+    const int64_t j = k * g.n;
+#pragma omp simd
+    for (int64_t i = 0; i < g.n; ++i) {
+      lane.raw_x[j + i] = A(coordinates[2 * i]);
+      lane.raw_y[j + i] = A(coordinates[2 * i + 1]);
+      lane.weight[j + i] = A(weights[i]);
+    }
+    if (in.reference == nullptr) continue;
+    const A* reference = in.reference + b * in.reference_b + (q + k) * in.reference_q;
+    for (size_t l = 0; l < g.levels.size(); ++l, reference += in.reference_l) {
+      const A width = A(g.levels[l].width), height = A(g.levels[l].height);
+      const bool box = in.reference_size == 4;
+      for (int64_t i = j + l * g.P, end = i + g.P; i < end; ++i) {
+        lane.base_x[i] = reference[0] * width, lane.base_y[i] = reference[1] * height;
+        lane.scale_x[i] = box ? reference[2] * width * (A(0.5) / g.P) : 1;
+        lane.scale_y[i] = box ? reference[3] * height * (A(0.5) / g.P) : 1;
+      }
+    }
+  }
+}
+
+// Corners and their weights. What touches no pixel, or is not a number, goes to rows of zeros.
+template <typename A>
+ICF_SIMD void locate(const Lanes<A>& lane, int64_t count, int32_t outside) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    A x = lane.raw_x[i] * lane.scale_x[i] + lane.base_x[i] - A(0.5);
+    A y = lane.raw_y[i] * lane.scale_y[i] + lane.base_y[i] - A(0.5);
+    const bool touches = (x > -1) & (x < lane.width[i]) & (y > -1) & (y < lane.height[i]);
+    x = touches ? x : A(0);
+    y = touches ? y : A(0);
+    const A left = std::floor(x), top = std::floor(y), s = x - left, t = y - top, a = lane.weight[i];
+    lane.row[i] = touches ? lane.first[i] + (int32_t(top) + 1) * lane.pitch[i] + int32_t(left) + 1 : outside;
+    lane.s[i] = s, lane.t[i] = t;
+    lane.w[0][i] = (1 - t) * (1 - s) * a, lane.w[1][i] = (1 - t) * s * a;
+    lane.w[2][i] = t * (1 - s) * a, lane.w[3][i] = t * s * a;
+  }
+}
+
+// out[c] = sum over n points of the weighted corners; C channels from `value` on, of rows of `channels`.
+template <int C, typename A>
+ICF_INLINE void gather(const A* value, const Lanes<A>& lane, int64_t channels, int64_t begin, int64_t n, A* out) {
+  A top[C] = {}, bottom[C] = {};  // two sums and two loops: what compilers keep in registers
+  for (int64_t i = begin; i < begin + n; ++i) {
+    const A* v0 = value + int64_t(lane.row[i]) * channels;
+    const A* v2 = v0 + int64_t(lane.pitch[i]) * channels;
+    const A w0 = lane.w[0][i], w1 = lane.w[1][i], w2 = lane.w[2][i], w3 = lane.w[3][i];
+#pragma omp simd
+    for (int c = 0; c < C; ++c) {
+      top[c] += w0 * v0[c];
+      top[c] += w1 * v0[c + channels];
+    }
+#pragma omp simd
+    for (int c = 0; c < C; ++c) {
+      bottom[c] += w2 * v2[c];
+      bottom[c] += w3 * v2[c + channels];
+    }
+  }
+#pragma omp simd
+  for (int c = 0; c < C; ++c) out[c] = top[c] + bottom[c];
+}
+
+template <typename A>
+ICF_SIMD void gather(const A* value, const Lanes<A>& lane, const Geometry& g, int64_t count, A* out) {
+  for (int64_t k = 0; k < count; ++k, out += g.channels) {
+    int64_t c = 0;
+    for (; c + 32 <= g.channels; c += 32) gather<32>(value + c, lane, g.channels, k * g.n, g.n, out + c);
+    for (; c + 16 <= g.channels; c += 16) gather<16>(value + c, lane, g.channels, k * g.n, g.n, out + c);
+    for (; c < g.channels; c += kVector) gather<kVector>(value + c, lane, g.channels, k * g.n, g.n, out + c);
+  }
+}
+
+// d[k][i] += the sum of p[k], for the four corners k.
+template <typename A>
+ICF_INLINE void add_sums(const A (&p)[4][kVector], A* const d[4], int64_t i) {
+  for (int k = 0; k < 4; ++k)
+    for (int c = 0; c < kVector; ++c) d[k][i] += p[k][c];
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+ICF_INLINE void add_sums(const float (&p)[4][kVector], float* const d[4], int64_t i) {
+  typedef float V __attribute__((vector_size(16)));  // every target has these
+  typedef int32_t I __attribute__((vector_size(16)));
+  V half[4];
+  for (int k = 0; k < 4; ++k) {
+    V low, high;
+    std::memcpy(&low, p[k], 16), std::memcpy(&high, p[k] + 4, 16);
+    half[k] = low + high;
+  }
+  const I evens{0, 4, 1, 5}, odds{2, 6, 3, 7}, lows{0, 1, 4, 5}, highs{2, 3, 6, 7};
+  const V a = __builtin_shuffle(half[0], half[1], evens) + __builtin_shuffle(half[0], half[1], odds);
+  const V b = __builtin_shuffle(half[2], half[3], evens) + __builtin_shuffle(half[2], half[3], odds);
+  const V sums = __builtin_shuffle(a, b, lows) + __builtin_shuffle(a, b, highs);
+  for (int k = 0; k < 4; ++k) d[k][i] += sums[k];
+}
+#endif
+
+// Adds the corners' shares of `grad` to grad_value, and the dot products of `grad` with the corners to d.
+template <int C, typename A>
+ICF_INLINE void scatter(const A* value, A* grad_value, const A* grad, const Lanes<A>& lane, int64_t channels,
+                        int64_t begin, int64_t n, A* const d[4]) {
+  for (int64_t i = begin; i < begin + n; ++i) {
+    const int64_t row = int64_t(lane.row[i]) * channels, below = int64_t(lane.pitch[i]) * channels;
+    const A *v0 = value + row, *v2 = v0 + below;
+    A *o0 = grad_value + row, *o2 = o0 + below;
+    const A w0 = lane.w[0][i], w1 = lane.w[1][i], w2 = lane.w[2][i], w3 = lane.w[3][i];
+    A p[4][kVector] = {};
+    for (int j = 0; j < C; j += kVector)
+#pragma omp simd
+      for (int c = 0; c < kVector; ++c) {
+        const A g = grad[j + c];
+        p[0][c] += g * v0[j + c];
+        p[1][c] += g * v0[j + c + channels];
+        p[2][c] += g * v2[j + c];
+        p[3][c] += g * v2[j + c + channels];
+        o0[j + c] += w0 * g;
+        o0[j + c + channels] += w1 * g;
+        o2[j + c] += w2 * g;
+        o2[j + c + channels] += w3 * g;
+      }
+    add_sums(p, d, i);
+  }
+}
+
+template <typename A>
+ICF_SIMD void scatter(const A* value, A* grad_value, const A* grad, const Lanes<A>& lane, const Geometry& g,
+                      int64_t count) {
+  for (A* d : lane.d) std::fill(d, d + count * g.n, A(0));
+  for (int64_t k = 0; k < count; ++k, grad += g.channels) {
+    int64_t c = 0;
+    for (; c + 32 <= g.channels; c += 32)
+      scatter<32>(value + c, grad_value + c, grad + c, lane, g.channels, k * g.n, g.n, lane.d);
+    for (; c < g.channels; c += kVector)
+      scatter<kVector>(value + c, grad_value + c, grad + c, lane, g.channels, k * g.n, g.n, lane.d);
+  }
+}
+
+// From the dot products to the gradients of the coordinates as given and of the weights.
+template <typename A>
+ICF_SIMD void differentiate(const Lanes<A>& lane, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const A d0 = lane.d[0][i], d1 = lane.d[1][i], d2 = lane.d[2][i], d3 = lane.d[3][i];
+    const A s = lane.s[i], t = lane.t[i], a = lane.weight[i];
+    const A dx = (1 - t) * (d1 - d0) + t * (d3 - d2), dy = (1 - s) * (d2 - d0) + s * (d3 - d1);
+    lane.grad_weight[i] = (1 - t) * ((1 - s) * d0 + s * d1) + t * ((1 - s) * d2 + s * d3);
+    lane.grad_x[i] = a * dx, lane.grad_y[i] = a * dy;
+  }
+}
+
+// Replaces the gradients of the weights by those of the logits.
+template <typename A>
+ICF_SIMD void softmax_backward(const A* weights, A* grads, int64_t queries, int64_t n) {
+  for (int64_t q = 0; q < queries; ++q, weights += n, grads += n) {
+    A mean = 0;
+#pragma omp simd reduction(+ : mean)
+    for (int64_t i = 0; i < n; ++i) mean += weights[i] * grads[i];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) grads[i] = weights[i] * (grads[i] - mean);
+  }
+}
+
+// The head's maps of an image into a slice whose borders are zero already.
+template <typename T, typename A>
+ICF_SIMD void pack(const T* value, int64_t stride, const Geometry& g, A* slice) {
+  for (const Level& level : g.levels)
+    for (int64_t y = 0; y < level.height; ++y) {
+      const T* from = value + (level.start + y * level.width) * stride;
+      A* to = slice + (level.first + (y + 1) * level.pitch + 1) * g.channels;
+      for (int64_t x = 0; x < level.width; ++x, from += stride, to += g.channels)
+#pragma omp simd
+        for (int64_t c = 0; c < g.D; ++c) to[c] = A(from[c]);
+    }
+}
+
+// The way back for gradients, [S, D] of rows `stride` apart.
+template <typename T, typename A>
+ICF_SIMD void unpack(const A* slice, const Geometry& g, int64_t stride, T* value) {
+  for (const Level& level : g.levels)
+    for (int64_t y = 0; y < level.height; ++y) {
+      const A* from = slice + (level.first + (y + 1) * level.pitch + 1) * g.channels;
+      T* to = value + (level.start + y * level.width) * stride;
+      for (int64_t x = 0; x < level.width; ++x, from += g.channels, to += stride)
+#pragma omp simd
+        for (int64_t c = 0; c < g.D; ++c) to[c] = T(from[c]);
+    }
+}
+
+// Rows of D, `stride` apart, to or from rows of `channels`.
+template <typename From, typename To>
+ICF_SIMD void copy_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows, int64_t D) {
+  for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride)
+#pragma omp simd
+    for (int64_t c = 0; c < D; ++c) to[c] = To(from[c]);
+}
+
+// The lanes' gradients of one head into the tensors. [B, Q, M, n, 2] and [B, Q, M, n].
+template <typename A, typename L>
+ICF_SIMD void store(const Lanes<A>& lane, const Geometry& g, int64_t count, L* grad_coordinates, L* grad_weights) {
+  for (int64_t k = 0; k < count; ++k, grad_coordinates += g.M * g.n * 2, grad_weights += g.M * g.n) {
+    const int64_t j = k * g.n;
+#pragma omp simd
+    for (int64_t i = 0; i < g.n; ++i) {
+      grad_coordinates[2 * i] = L(lane.grad_x[j + i] * lane.scale_x[j + i]);
+      grad_coordinates[2 * i + 1] = L(lane.grad_y[j + i] * lane.scale_y[j + i]);
+      grad_weights[i] = L(lane.grad_weight[j + i]);
+    }
+  }
+}
+
+// One head's share of the gradient of the reference points of `count` queries, [.., levels, 2 or 4].
+template <typename A>
+void reduce_reference(const Lanes<A>& lane, const Geometry& g, int64_t count, int64_t size, A* grad) {
+  for (int64_t i = 0; i < count * g.n; grad += size) {
+    A sum[4] = {};
+    const A width = lane.width[i], height = lane.height[i];
+    for (int64_t p = 0; p < g.P; ++p, ++i) {
+      sum[0] += lane.grad_x[i], sum[1] += lane.grad_y[i];
+      sum[2] += lane.grad_x[i] * lane.raw_x[i], sum[3] += lane.grad_y[i] * lane.raw_y[i];
+    }
+    grad[0] = sum[0] * width, grad[1] = sum[1] * height;
+    if (size == 4) grad[2] = sum[2] * width * (A(0.5) / g.P), grad[3] = sum[3] * height * (A(0.5) / g.P);
+  }
+}
+
+template <typename A, typename L>
+void locate(const Inputs<A, L>& in, const Geometry& g, int64_t b, int64_t q, int64_t m, int64_t count,
+            const Lanes<A>& lane) {
+  load(in, g, b, q, m, count, lane);
+  if (in.reference != nullptr) softmax(lane.weight, count, g.n);
+  locate(lane, count * g.n, int32_t(g.outside));
+}
+
+template <typename T, typename A, typename L>
+void forward_all(const Tensor& value, const Geometry& g, const Inputs<A, L>& in, T* out) {
+  // With few heads and many threads, several threads work on the queries of one head, each with its own slice.
+  const int64_t heads = g.B * g.M, threads = torch::stable::get_num_threads();
+  const int64_t parts = std::clamp<int64_t>(2 * threads / heads, 1, std::max<int64_t>(g.Q / 256, 1));
+  const int64_t step = (g.Q + parts - 1) / parts;
+  const T* data = value.const_data_ptr<T>();
+  torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+    const Lanes<A> lane(g);
+    const Buffer<A> slice(g.rows * g.channels), sums(kChunk * g.channels);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / parts / g.M, m = unit / parts % g.M, first = unit % parts * step;
+      if (unit == begin || unit % parts == 0)
+        pack(data + b * value.stride(0) + m * value.stride(2), value.stride(1), g, slice.get());
+      for (int64_t q = first; q < std::min(first + step, g.Q); q += kChunk) {
+        const int64_t count = std::min({kChunk, first + step - q, g.Q - q});
+        locate(in, g, b, q, m, count, lane);
+        gather(slice.get(), lane, g, count, sums.get());
+        copy_rows(sums.get(), g.channels, out + ((b * g.Q + q) * g.M + m) * g.D, g.M * g.D, count, g.D);
+      }
+    }
+  });
+}
+
+template <typename T, typename A, typename L>
+void backward_all(const T* grad, const Tensor& value, const Geometry& g, const Inputs<A, L>& in, T* grad_value,
+                  L* grad_coordinates, L* grad_weights, A* grad_reference) {
+  const int64_t row = g.M * g.D, levels = int64_t(g.levels.size());
+  const int64_t reference_row = levels * in.reference_size;
+  const Buffer<A> shares(g.B * g.M * g.Q * reference_row);  // of the heads, [B, M, Q, levels, 2 or 4]
+  const T* data = value.const_data_ptr<T>();
+  torch::stable::parallel_for(0, g.B * g.M, 1, [&](int64_t begin, int64_t end) {
+    const Lanes<A> lane(g);
+    const Buffer<A> slice(g.rows * g.channels), grad_slice(g.rows * g.channels), grads(kChunk * g.channels);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / g.M, m = unit % g.M;
+      pack(data + b * value.stride(0) + m * value.stride(2), value.stride(1), g, slice.get());
+      std::fill(grad_slice.get(), grad_slice.get() + g.rows * g.channels, A(0));
+      for (int64_t q = 0; q < g.Q; q += kChunk) {
+        const int64_t count = std::min(kChunk, g.Q - q), query = (b * g.Q + q) * g.M + m;
+        locate(in, g, b, q, m, count, lane);
+        copy_rows(grad + query * g.D, row, grads.get(), g.channels, count, g.D);
+        scatter(slice.get(), grad_slice.get(), grads.get(), lane, g, count);
+        differentiate(lane, count * g.n);
+        if (in.reference != nullptr) {
+          softmax_backward(lane.weight, lane.grad_weight, count, g.n);
+          reduce_reference(lane, g, count, in.reference_size, shares.get() + (unit * g.Q + q) * reference_row);
+        }
+        store(lane, g, count, grad_coordinates + query * g.n * 2, grad_weights + query * g.n);
+      }
+      unpack(grad_slice.get(), g, row, grad_value + b * g.S * row + m * g.D);
+    }
+  });
+  torch::stable::parallel_for(0, g.B * g.Q, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * reference_row; i < end * reference_row; ++i) {
+      const int64_t b = i / (g.Q * reference_row), within = i % (g.Q * reference_row);
+      A sum = 0;
+      for (int64_t m = 0; m < g.M; ++m) sum += shares.get()[(b * g.M + m) * g.Q * reference_row + within];
+      grad_reference[i] = sum;
+    }
+  });
+}
+
+// Calls f with the types of value and of the coordinates, which are those of value or what is computed in.
+template <typename F>
+void dispatch(const Tensor& value, const Tensor& coordinates, const F& f) {
+  dispatch_floating(value.scalar_type(), "ms_deform_attn", [&](auto t) {
+    using A = acc_t<decltype(t)>;
+    if (coordinates.scalar_type() == value.scalar_type()) return f(t, t);
+    STD_TORCH_CHECK(coordinates.scalar_type() == (std::is_same_v<A, double> ? torch::headeronly::ScalarType::Double
+                                                                            : torch::headeronly::ScalarType::Float),
+                    "coordinates must be of the type of value or of float");
+    f(t, A{});
+  });
+}
+
+void check_rows(const Tensor& t, const char* name) {  // contiguous but for images and queries
+  int64_t expected = 1;
+  for (int64_t i = t.dim() - 1; i > 1; expected *= t.size(i--))
+    STD_TORCH_CHECK(t.size(i) == 1 || t.stride(i) == expected, name, " must be contiguous from its third dimension on");
+}
+
+template <typename A, typename L>
+Inputs<A, L> read(const Tensor& value, const Tensor* reference, const Tensor& coordinates, const Tensor& weights) {
+  STD_TORCH_CHECK(coordinates.dim() == 6 && coordinates.size(5) == 2 && weights.dim() == 5, "points must be 2-D");
+  for (int64_t i = 0; i < 5; ++i)
+    STD_TORCH_CHECK(coordinates.size(i) == weights.size(i), "coordinates and weights must agree in shape");
+  STD_TORCH_CHECK(weights.size(0) == value.size(0) && weights.size(2) == value.size(2), "value and weights must agree");
+  STD_TORCH_CHECK(weights.scalar_type() == coordinates.scalar_type(), "coordinates and weights must agree in type");
+  check_rows(coordinates, "coordinates");
+  check_rows(weights, "weights");
+  Inputs<A, L> in{coordinates.const_data_ptr<L>(), weights.const_data_ptr<L>(), coordinates.stride(0),
+                  coordinates.stride(1), weights.stride(0), weights.stride(1)};
+  if (reference != nullptr) {
+    STD_TORCH_CHECK(reference->dim() == 4 && reference->stride(3) == 1, "reference points must be [B, Q, L, 2 or 4]");
+    for (const auto& [i, j] : {std::pair{0, 0}, {1, 1}, {2, 3}})
+      STD_TORCH_CHECK(reference->size(i) == weights.size(j), "reference points and weights must agree in shape");
+    in.reference = reference->const_data_ptr<A>();
+    in.reference_size = reference->size(3);
+    STD_TORCH_CHECK(in.reference_size == 2 || in.reference_size == 4, "reference points must be [B, Q, L, 2 or 4]");
+    in.reference_b = reference->stride(0), in.reference_q = reference->stride(1), in.reference_l = reference->stride(2);
+  }
+  return in;
+}
+
+Tensor run_forward(const Tensor& value, const std::vector<int64_t>& sizes, const Tensor* reference,
+                   const Tensor& coordinates, const Tensor& weights) {
+  STD_TORCH_CHECK(value.dim() == 4 && value.stride(3) == 1, "value must be [B, S, M, D], its channels contiguous");
+  Tensor out;
+  dispatch(value, coordinates, [&](auto t, auto l) {
+    using T = decltype(t);
+    const auto in = read<acc_t<T>, decltype(l)>(value, reference, coordinates, weights);
+    const Geometry g(value, sizes, weights);
+    out = torch::stable::new_empty(value, {g.B, g.Q, g.M * g.D});
+    if (out.numel() > 0) forward_all(value, g, in, out.mutable_data_ptr<T>());
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, const Tensor& value,
+                                                        const std::vector<int64_t>& sizes, const Tensor* reference,
+                                                        const Tensor& coordinates, const Tensor& weights) {
+  STD_TORCH_CHECK(value.dim() == 4 && value.stride(3) == 1, "value must be [B, S, M, D], its channels contiguous");
+  Tensor grad_value, grad_reference, grad_coordinates, grad_weights;
+  dispatch(value, coordinates, [&](auto t, auto l) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    using L = decltype(l);
+    const auto in = read<A, L>(value, reference, coordinates, weights);
+    const Geometry g(value, sizes, weights);
+    STD_TORCH_CHECK(grad.is_contiguous() && grad.scalar_type() == value.scalar_type() && grad.dim() == 3 &&
+                        grad.size(0) == g.B && grad.size(1) == g.Q && grad.size(2) == g.M * g.D,
+                    "grad must be contiguous [B, Q, M * D] of the type of value");
+    grad_value = torch::stable::new_empty(value, value.sizes());
+    grad_coordinates = torch::stable::new_empty(coordinates, coordinates.sizes());
+    grad_weights = torch::stable::new_empty(weights, weights.sizes());
+    A* reference_data = nullptr;
+    if (reference != nullptr) {
+      grad_reference = torch::stable::new_empty(*reference, reference->sizes());
+      reference_data = grad_reference.mutable_data_ptr<A>();
+    }
+    backward_all(grad.const_data_ptr<T>(), value, g, in, grad_value.mutable_data_ptr<T>(),
+                 grad_coordinates.mutable_data_ptr<L>(), grad_weights.mutable_data_ptr<L>(), reference_data);
+  });
+  return {grad_value, grad_reference, grad_coordinates, grad_weights};
+}
+
+Tensor forward(const Tensor& value, std::vector<int64_t> sizes, const Tensor& locations, const Tensor& weights) {
+  return run_forward(value, sizes, nullptr, locations, weights);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& value, std::vector<int64_t> sizes,
+                                            const Tensor& locations, const Tensor& weights) {
+  auto [grad_value, none, grad_locations, grad_weights] =
+      run_backward(grad, value, sizes, nullptr, locations, weights);
+  return {grad_value, grad_locations, grad_weights};
+}
+
+Tensor forward_fused(const Tensor& value, std::vector<int64_t> sizes, const Tensor& reference, const Tensor& offsets,
+                     const Tensor& logits) {
+  return run_forward(value, sizes, &reference, offsets, logits);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_fused(const Tensor& grad, const Tensor& value,
+                                                          std::vector<int64_t> sizes, const Tensor& reference,
+                                                          const Tensor& offsets, const Tensor& logits) {
+  return run_backward(grad, value, sizes, &reference, offsets, logits);
+}
+
+}  // namespace
+}  // namespace icf
+
+STABLE_TORCH_LIBRARY_IMPL(icf, CPU, m) {
+  m.impl("ms_deform_attn.cpp", TORCH_BOX(&icf::forward));
+  m.impl("ms_deform_attn_backward.cpp", TORCH_BOX(&icf::backward));
+  m.impl("ms_deform_attn_fused.cpp", TORCH_BOX(&icf::forward_fused));
+  m.impl("ms_deform_attn_fused_backward.cpp", TORCH_BOX(&icf::backward_fused));
+}
