@@ -80,16 +80,21 @@ ICF_INLINE void dots(const A* rows, int64_t count, const A* q, int64_t n, int64_
 }
 
 template <typename A>
-ICF_INLINE void subtract(A* rows, int64_t count, const A* q, int64_t n, int64_t width, const A* weights, int64_t stride) {
+ICF_INLINE void subtract(A* rows, int64_t count, const A* q, int64_t n, int64_t width, const A* weights,
+                         int64_t stride) {
   int64_t r = 0;
   for (; r + 2 <= count; r += 2) {
     int64_t c = 0;
-    for (; c + 4 <= n; c += 4) subtract_tile<2, 4>(rows + r * width, q + c * width, width, weights + r * stride + c, stride);
+    for (; c + 4 <= n; c += 4) {
+      subtract_tile<2, 4>(rows + r * width, q + c * width, width, weights + r * stride + c, stride);
+    }
     for (; c < n; ++c) subtract_tile<2, 1>(rows + r * width, q + c * width, width, weights + r * stride + c, stride);
   }
   for (; r < count; ++r) {
     int64_t c = 0;
-    for (; c + 4 <= n; c += 4) subtract_tile<1, 4>(rows + r * width, q + c * width, width, weights + r * stride + c, stride);
+    for (; c + 4 <= n; c += 4) {
+      subtract_tile<1, 4>(rows + r * width, q + c * width, width, weights + r * stride + c, stride);
+    }
     for (; c < n; ++c) subtract_tile<1, 1>(rows + r * width, q + c * width, width, weights + r * stride + c, stride);
   }
 }

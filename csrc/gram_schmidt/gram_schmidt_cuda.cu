@@ -47,8 +47,8 @@ __device__ void dots(const A* rows, const A* v, int64_t count, int64_t d, A* out
   __syncthreads();
 }
 
-// One block per matrix. Each thread owns columns threadIdx.x, + kThreads, ...; the basis lies in shared memory, or in the
-// result where that is too small. Scratch: weights [n], partial sums [kWarps], then the basis.
+// One block per matrix. Each thread owns columns threadIdx.x, + kThreads, ...; the basis lies in shared memory, or in
+// the result where that is too small. Scratch: weights [n], partial sums [kWarps], then the basis.
 template <typename T, typename A = acc_t<T>>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const T* vectors, A* q_out, A* l_out, int64_t n, int64_t d,
                                                            A rank_tol, A threshold, bool in_shared) {
@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const T* vectors, A* 
 
 // One block per matrix, rows from the last to the first; see README.md. Scratch: weights [n].
 template <typename A>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const A* grads, const A* q_all, const A* l_all, A* out, int64_t n,
-                                                            int64_t d) {
+__global__ void __launch_bounds__(kThreads) backward_kernel(const A* grads, const A* q_all, const A* l_all, A* out,
+                                                            int64_t n, int64_t d) {
   extern __shared__ __align__(16) unsigned char memory[];
   A* weights = reinterpret_cast<A*>(memory);
   const int64_t matrix = blockIdx.x;

@@ -37,8 +37,8 @@ ICF_HOST_DEVICE void philox(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& 
 }
 
 // The four words of counter `column` of a row.
-ICF_HOST_DEVICE void philox_words(uint64_t seed, uint64_t row, uint32_t column, uint32_t stream, uint32_t& w0, uint32_t& w1,
-                             uint32_t& w2, uint32_t& w3) {
+ICF_HOST_DEVICE void philox_words(uint64_t seed, uint64_t row, uint32_t column, uint32_t stream, uint32_t& w0,
+                                  uint32_t& w1, uint32_t& w2, uint32_t& w3) {
   w0 = column, w1 = uint32_t(row), w2 = uint32_t(row >> 32), w3 = stream;
   philox(w0, w1, w2, w3, uint32_t(seed), uint32_t(seed >> 32));
 }
@@ -95,11 +95,12 @@ void gaussian_pair(uint32_t w0, uint32_t w1, double& n0, double& n1) {
 template <typename A>
 ICF_HOST_DEVICE bool needs_scaling(A square) {
   constexpr A eps = std::numeric_limits<A>::epsilon();
-  return !(square >= std::numeric_limits<A>::min() / (eps * eps) && square <= std::numeric_limits<A>::max() * (eps * eps));
+  constexpr A least = std::numeric_limits<A>::min() / (eps * eps), most = std::numeric_limits<A>::max() * (eps * eps);
+  return !(square >= least && square <= most);
 }
 
-// Whether less than a quarter of the noise's square is orthogonal to z, so that subtracting the projection from the sums
-// alone would lose digits, and the noise itself has to be projected.
+// Whether less than a quarter of the noise's square is orthogonal to z, so that subtracting the projection from the
+// sums alone would lose digits, and the noise itself has to be projected.
 template <typename A>
 ICF_HOST_DEVICE bool needs_projection(A zz, A pz, A pp) {
   return zz > 0 && pp * zz - pz * pz < pp * zz / 4;
@@ -140,8 +141,8 @@ ICF_HOST_DEVICE void blend_forward(const BlendRow<A>& row, A ratio, bool restore
 
 // grad_z = g_coef g + z_coef z + p_coef p, of the unscaled z, where gz = g.z and gp = g.p
 template <typename A>
-ICF_HOST_DEVICE void blend_backward(const BlendRow<A>& row, A ratio, bool restore_norm, A gz, A gp, A& g_coef, A& z_coef,
-                               A& p_coef, A& grad_ratio) {
+ICF_HOST_DEVICE void blend_backward(const BlendRow<A>& row, A ratio, bool restore_norm, A gz, A gp, A& g_coef,
+                                    A& z_coef, A& p_coef, A& grad_ratio) {
   const BlendTerms<A> t(row, ratio);
   const A g_unit = gz * t.inv_z, gu = (gp - t.e * g_unit) * t.inv_n;
   const A c = row.kappa * row.zz * t.inv_z + t.e;  // r.z/|z|

@@ -23,7 +23,9 @@ int64_t padded(int64_t d) { return (d + 127) / 128 * 128; }  // what fill_noise 
 using Words = uint32_t[4][64];  // of 64 counters
 
 void philox_block(uint64_t seed, uint64_t row, uint32_t first, int64_t counters, Words& w) {
-  for (int64_t q = 0; q < counters; ++q) philox_words(seed, row, first + uint32_t(q), 0, w[0][q], w[1][q], w[2][q], w[3][q]);
+  for (int64_t q = 0; q < counters; ++q) {
+    philox_words(seed, row, first + uint32_t(q), 0, w[0][q], w[1][q], w[2][q], w[3][q]);
+  }
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -142,8 +144,8 @@ ICF_SIMD void forward_rows(const T* z, const A* ratio, const A* noise, T* out, O
 
 // Over rows of z, so that each thread adds up the gradients of the rows that it owns.
 template <typename T, typename A = acc_t<T>>
-ICF_SIMD void backward_rows(const T* grad, const T* z, const A* ratio, const A* noise, T* grad_z, A* grad_ratio, Options o,
-                            int64_t begin, int64_t end, A* zs, A* p, A* g, A* sum) {
+ICF_SIMD void backward_rows(const T* grad, const T* z, const A* ratio, const A* noise, T* grad_z, A* grad_ratio,
+                            Options o, int64_t begin, int64_t end, A* zs, A* p, A* g, A* sum) {
   for (int64_t i = begin; i < end; ++i) {
     BlendRow<A> row = load_row(z + i * o.d, zs, o.d);
     for (int64_t j = 0; j < o.d; ++j) sum[j] = 0;
@@ -182,7 +184,8 @@ Options check(const Tensor& z, const Tensor& ratio, const Tensor& noise, const s
   ICF_CHECK_CONTIGUOUS(noise);
   STD_TORCH_CHECK(z.dim() > 0 && options.size() == 4, "z must be [*, d], and options four");
   const int64_t d = z.size(-1), kind = options[0], shared = options[1], inner = options[2];
-  STD_TORCH_CHECK(shared > 0 && inner > 0 && z.numel() * shared == ratio.numel() * d && ratio.numel() % (shared * inner) == 0,
+  STD_TORCH_CHECK(shared > 0 && inner > 0 && z.numel() * shared == ratio.numel() * d &&
+                      ratio.numel() % (shared * inner) == 0,
                   "ratio must have ", shared, " elements per row of z");
   STD_TORCH_CHECK(ratio.scalar_type() == wide(z.scalar_type()), "ratio must be of the dtype computed in");
   if (kind == kGiven) {
@@ -190,7 +193,8 @@ Options check(const Tensor& z, const Tensor& ratio, const Tensor& noise, const s
                     "noise must be of the shape of the result and of the dtype of ratio");
     return {d, kind, shared, inner, 0, options[3] != 0};
   }
-  STD_TORCH_CHECK((kind == kGaussian || kind == kRademacher) && noise.numel() == 1 && noise.scalar_type() == ScalarType::Long,
+  STD_TORCH_CHECK((kind == kGaussian || kind == kRademacher) && noise.numel() == 1 &&
+                      noise.scalar_type() == ScalarType::Long,
                   "noise must be a seed, an int64 tensor of one element");
   return {d, kind, shared, inner, uint64_t(*noise.const_data_ptr<int64_t>()), options[3] != 0};
 }
@@ -205,8 +209,9 @@ Tensor forward(const Tensor& z, const Tensor& ratio, const Tensor& noise, std::v
     using A = acc_t<T>;
     torch::stable::parallel_for(0, ratio.numel(), kGrain / o.d + 1, [&](int64_t begin, int64_t end) {
       std::vector<A> scratch(2 * padded(o.d));
-      forward_rows(z.const_data_ptr<T>(), ratio.const_data_ptr<A>(), o.kind == kGiven ? noise.const_data_ptr<A>() : nullptr,
-                   out.mutable_data_ptr<T>(), o, begin, end, scratch.data(), scratch.data() + padded(o.d));
+      forward_rows(z.const_data_ptr<T>(), ratio.const_data_ptr<A>(),
+                   o.kind == kGiven ? noise.const_data_ptr<A>() : nullptr, out.mutable_data_ptr<T>(), o, begin, end,
+                   scratch.data(), scratch.data() + padded(o.d));
     });
   });
   return out;
@@ -241,7 +246,8 @@ Tensor philox_noise(const Tensor& seed, std::vector<int64_t> shape, int64_t kind
   const int64_t d = shape.back(), rows = d ? out.numel() / d : 0;
   torch::stable::parallel_for(0, rows, kGrain / (d + 1) + 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(padded(d));
-    noise_rows(out.mutable_data_ptr<float>(), uint64_t(*seed.const_data_ptr<int64_t>()), kind, d, begin, end, scratch.data());
+    noise_rows(out.mutable_data_ptr<float>(), uint64_t(*seed.const_data_ptr<int64_t>()), kind, d, begin, end,
+               scratch.data());
   });
   return out;
 }

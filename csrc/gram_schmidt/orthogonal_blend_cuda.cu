@@ -131,8 +131,8 @@ __device__ __forceinline__ void draw(Part<A, V>& p, const A* given, int64_t row,
 }
 
 template <int L, int V, typename A>
-__device__ __forceinline__ void draw_and_project(Part<A, V>& p, const Part<A, V>& z, const A* given, int64_t row, int lane,
-                                                 const Options& o, BlendRow<A>& terms) {
+__device__ __forceinline__ void draw_and_project(Part<A, V>& p, const Part<A, V>& z, const A* given, int64_t row,
+                                                 int lane, const Options& o, BlendRow<A>& terms) {
   draw<L, V>(p, given, row, lane, o);
   terms.pp = dot<L, V>(p, p);
   if (o.kind == kGiven) rescale<L, V>(p, terms.pp);
@@ -184,8 +184,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const T* z_rows, cons
 
 // Over rows of z: the gradients of the rows that share one are added up in registers.
 template <int L, int V, typename T, typename A = acc_t<T>>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const T* grad, const T* z_rows, const A* ratio, const A* given,
-                                                            T* grad_z, A* grad_ratio, int64_t rows, Options o) {
+__global__ void __launch_bounds__(kThreads) backward_kernel(const T* grad, const T* z_rows, const A* ratio,
+                                                            const A* given, T* grad_z, A* grad_ratio, int64_t rows,
+                                                            Options o) {
   bool live;
   const int64_t row = row_of_thread<L>(rows, live);
   const int lane = threadIdx.x % L;
@@ -249,7 +250,8 @@ Options check(const Tensor& z, const Tensor& ratio, const Tensor& noise, const s
   STD_TORCH_CHECK(z.dim() > 0 && options.size() == 4, "z must be [*, d], and options four");
   const int64_t d = z.size(-1), kind = options[0], shared = options[1], inner = options[2];
   STD_TORCH_CHECK(d <= kWidest, "z must have rows of at most ", kWidest, " elements");
-  STD_TORCH_CHECK(shared > 0 && inner > 0 && z.numel() * shared == ratio.numel() * d && ratio.numel() % (shared * inner) == 0,
+  STD_TORCH_CHECK(shared > 0 && inner > 0 && z.numel() * shared == ratio.numel() * d &&
+                      ratio.numel() % (shared * inner) == 0,
                   "ratio must have ", shared, " elements per row of z");
   const auto type = z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(ratio.scalar_type() == type && ratio.device() == z.device() && noise.device() == z.device(),
@@ -259,7 +261,8 @@ Options check(const Tensor& z, const Tensor& ratio, const Tensor& noise, const s
                     "noise must be of the shape of the result and of the dtype of ratio");
     return {d, kind, shared, inner, nullptr, options[3] != 0, false};
   }
-  STD_TORCH_CHECK((kind == kGaussian || kind == kRademacher) && noise.numel() == 1 && noise.scalar_type() == ScalarType::Long,
+  STD_TORCH_CHECK((kind == kGaussian || kind == kRademacher) && noise.numel() == 1 &&
+                      noise.scalar_type() == ScalarType::Long,
                   "noise must be a seed, an int64 tensor of one element");
   return {d, kind, shared, inner, noise.const_data_ptr<int64_t>(), options[3] != 0, false};
 }
@@ -293,7 +296,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const T
                                     std::vector<int64_t> options) {
   Options o = check(z, ratio, noise, options);
   ICF_CHECK_CONTIGUOUS(grad);
-  STD_TORCH_CHECK(grad.numel() == ratio.numel() * o.d && grad.scalar_type() == z.scalar_type() && grad.device() == z.device(),
+  STD_TORCH_CHECK(grad.numel() == ratio.numel() * o.d && grad.scalar_type() == z.scalar_type() &&
+                      grad.device() == z.device(),
                   "grad must be of the shape of the result, and of the dtype and on the device of z");
   Tensor grad_z = torch::stable::empty_like(z), grad_ratio = torch::stable::empty_like(ratio);
   if (z.numel() == 0) return {grad_z, grad_ratio};

@@ -24,10 +24,10 @@ ICF_INLINE void hadamard_transform(A* x, int64_t d) {
   }
 }
 
-// k rows of the Hadamard matrix with signs, reflected so that one more becomes z. B: lanes that share a sign, at most d.
+// k rows of the Hadamard matrix with signs, reflected so that one more becomes z. B: lanes that share a sign.
 template <int B, typename T, typename A = acc_t<T>>
-ICF_SIMD void direction_rows(const T* z, T* out, uint64_t seed, int64_t k, int64_t d, int64_t begin, int64_t end, A* signs,
-                             A* w, A* cosine) {
+ICF_SIMD void direction_rows(const T* z, T* out, uint64_t seed, int64_t k, int64_t d, int64_t begin, int64_t end,
+                             A* signs, A* w, A* cosine) {
   const A size = 1 / std::sqrt(A(d));
   for (int64_t i = begin; i < end; ++i) {
     convert(z + i * d, w, d);
