@@ -46,24 +46,29 @@ def _interleave(x0, x1, x2, x3, R: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _noise(noise_ptr, row, column, mask, d, KIND: tl.constexpr, R: tl.constexpr, D: tl.constexpr):
-    """Noise of rows [R]: 0 Gaussian and 1 signs of the seed at noise_ptr, or 2 what lies there; zero beyond d."""
-    if KIND == 2:
-        return tl.load(noise_ptr + row[:, None] * d + column, mask=mask, other=0).to(tl.float32)
-    seed = tl.load(noise_ptr)
-    N: tl.constexpr = D // 4 if KIND == 0 else D // 128
+def _words(seed_ptr, row, R: tl.constexpr, N: tl.constexpr):
+    """The words of the first N Philox counters of rows [R], four of [R, N]."""
     c0 = tl.broadcast_to(tl.arange(0, N)[None, :], (R, N)).to(tl.uint32)
     c1 = tl.broadcast_to((row & 0xFFFFFFFF).to(tl.uint32)[:, None], (R, N))
     c2 = tl.broadcast_to((row >> 32).to(tl.uint32)[:, None], (R, N))
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0), 7)
+    return tl.philox(tl.load(seed_ptr), c0, c1, c2, tl.zeros_like(c0), 7)
+
+
+@triton.jit
+def _noise(noise_ptr, row, column, mask, d, KIND: tl.constexpr, R: tl.constexpr, D: tl.constexpr):
+    """Noise of rows [R]: 0 Gaussian and 1 signs of the seed at noise_ptr, or 2 what lies there; zero beyond d."""
     if KIND == 0:
+        w0, w1, w2, w3 = _words(noise_ptr, row, R, D // 4)
         x0, x1 = _gaussian_pair(w0, w1)
         x2, x3 = _gaussian_pair(w2, w3)
         x = _interleave(x0, x1, x2, x3, R, D)
-    else:
+    elif KIND == 1:
+        w0, w1, w2, w3 = _words(noise_ptr, row, R, D // 128)
         words = _interleave(w0, w1, w2, w3, R, D // 32)
         bits = (words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]) & 1
         x = tl.reshape(1.0 - 2.0 * bits.to(tl.float32), (R, D))
+    else:
+        x = tl.load(noise_ptr + row[:, None] * d + column, mask=mask, other=0).to(tl.float32)
     return tl.where(mask, x, 0.0)
 
 
