@@ -66,7 +66,7 @@ def test_no_parameter_is_left_out_of_the_graph(make_model, make_batch, query_mod
 @pytest.mark.parametrize(("classes", "head", "preset"), [
     (1, "dense", "paper"), (1, "mask2former", "paper"), (4, "mask2former", "paper"), (4, "mask2former", "combo")])
 def test_a_few_steps_lower_the_loss(make_model, make_batch, classes, head, preset):
-    model, batch = make_model(classes, LossConfig(preset), head=head), make_batch(classes=classes)
+    model, batch = make_model(classes, LossConfig(preset), head=head, layers=2), make_batch((2, 2), 2, classes=classes)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     history = []
     for _ in range(12):
@@ -246,11 +246,11 @@ def test_a_step_does_not_wait_for_the_device(make_model, make_batch, lengths):
 
 
 def test_parts_compile_into_one_graph_each(make_model, make_batch):
-    model, batch = make_model().eval(), make_batch()
+    model, batch = make_model(layers=1).eval(), make_batch()
     with torch.no_grad():
         expected = model(batch)
         for name in ("context", "decoder"):
-            setattr(model, name, torch.compile(getattr(model, name), backend="aot_eager", fullgraph=True))
+            setattr(model, name, torch.compile(getattr(model, name), backend="eager", fullgraph=True))
         torch.testing.assert_close(model(batch), expected, atol=1e-5, rtol=1e-5)
 
 
