@@ -119,9 +119,10 @@ def train(cfg: Config, resume: bool = False) -> dict:
 
 def start(cfg: Config, resume: bool) -> Accelerator:
     """The accelerator, in a run folder that holds the configuration."""
-    accelerator = Accelerator(mixed_precision=cfg.train.amp, gradient_accumulation_steps=cfg.train.accumulate,
-                              log_with="tensorboard", project_dir=str(cfg.out),
-                              dataloader_config=DataLoaderConfiguration(non_blocking=True))
+    no_device = not torch.accelerator.is_available()  # told, several processes share the work on CPUs too
+    accelerator = Accelerator(cpu=no_device, mixed_precision=cfg.train.amp,
+                              gradient_accumulation_steps=cfg.train.accumulate, log_with="tensorboard",
+                              project_dir=str(cfg.out), dataloader_config=DataLoaderConfiguration(non_blocking=True))
     if resume:
         newest_state(cfg.out)
     elif states(cfg.out) or (cfg.out / WEIGHTS).exists():
@@ -246,11 +247,12 @@ def validation(accelerator: Accelerator, model, val_set: Dataset, cfg: Config, p
 
 def finish(accelerator: Accelerator, model, cfg: Config) -> dict:
     """Evaluate the best weights on the test split and write the report."""
-    accelerator.end_training()
     accelerator.wait_for_everyone()
     model = accelerator.unwrap_model(model)
     load_weights(model, cfg.out / WEIGHTS)
-    return evaluate(model, cfg, "test", cfg.out, device=accelerator.device, accelerator=accelerator)
+    results = evaluate(model, cfg, "test", cfg.out, device=accelerator.device, accelerator=accelerator)
+    accelerator.end_training()  # closes the group of processes too
+    return results
 
 
 @contextmanager
