@@ -98,6 +98,10 @@ def evaluate(args: list[str]) -> None:
         return options.target and config_of(Path(options.target))
 
     options, cfg = parse(own, args, base)
+    if options.target and not any(arg.startswith("--out") for arg in args):  # beside the weights, wherever they are now
+        run_folder = Path(options.target)
+        cfg.out = run_folder if run_folder.is_dir() else run_folder.parent
+        cfg.out = cfg.out if options.split == "test" else cfg.out / options.split
     from .evaluate import evaluate as run
     from .evaluate import evaluate_masks
     if options.masks is not None:

@@ -51,7 +51,7 @@ class DataConfig:
         supervision: `auto` reads which frames of a split are labelled from the data set; `first` and `all` force it.
         audio_source: `wav`, or `pkl` for the distributed log-mel files (read by a restricted unpickler).
         audio_timing: `vggish` takes windows every 0.96 s as published; `aligned` one per second.
-        augmentation: `none` (paper) or `combo`: scale, crop, flip and colour, as COMBO-AVS.
+        augmentation: `none` (paper), `flip` (left and right), or `combo`: scale, crop, flip and colour, as COMBO-AVS.
         workers: loader processes; `null` chooses by the number of cores.
         cache: keep what was read in memory that the workers share: log-mels, frames and labels, each if all of a split
             take less than 1 GiB.
@@ -65,7 +65,7 @@ class DataConfig:
     supervision: Literal["auto", "first", "all"] = "auto"
     audio_source: Literal["wav", "pkl"] = "wav"
     audio_timing: Literal["vggish", "aligned"] = "vggish"
-    augmentation: Literal["none", "combo"] = "none"
+    augmentation: Literal["none", "flip", "combo"] = "none"
     workers: int | None = None
     cache: bool = True
     toy: ToyConfig | None = None

@@ -47,10 +47,10 @@ class Decoder(nn.Module):
         self.hear = mode != "learnable"
         if self.hear:
             hidden = 16 * dim                                               # 4096 at width 256 (COMBO)
-            # The norm is ours: VGGish's rectified features have any scale, and without it a network trained from scratch
-            # grows them until the queries' rectifiers die and it goes deaf.
+            # The norm is ours: VGGish's rectified features have any scale, and without it a network trained from
+            # nothing grows them until the queries' rectifiers die and it goes deaf.
             self.audio = nn.Sequential(nn.LayerNorm(audio_dim), nn.Linear(audio_dim, dim))
-            self.to_queries = nn.Sequential(nn.LayerNorm(dim), _mlp(dim, hidden, hidden, dim))
+            self.to_queries = _mlp(dim, hidden, hidden, dim)
             self.to_queries.apply(_keep_scale)                              # so that sound and query weigh alike (ours)
         self.fusion = Fusion(dim, heads, audio_keys == "clip_null") if mode == "bidirectional" else None
         self.queries = nn.Parameter(torch.randn(queries, dim))

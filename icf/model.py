@@ -69,9 +69,10 @@ class ICF(nn.Module):
         frames = batch.labelled if self.training else batch.real            # [M], those to be decoded, among B*T
         pixels, levels = self.pixel_decoder([x[clips.find(frames)] for x in maps] if self.training else maps)
         decoded = self.decoder(pixels, levels, audio, frames, clips.mask, self.training and self.deep_supervision)
-        if self.training:
-            return self._losses(decoded, batch.masks.flatten(0, 1)[frames])
-        return clips.unpack(self._predict(decoded, batch.frames.shape[-2:]), self._background)
+        with torch.autocast(frames.device.type, enabled=False):
+            if self.training:
+                return self._losses(decoded, batch.masks.flatten(0, 1)[frames])
+            return clips.unpack(self._predict(decoded, batch.frames.shape[-2:]), self._background)
 
     def _context(self, maps: list[Tensor], clips: Packing) -> list[Tensor]:
         coarse = [clips.unpack(x).flatten(0, 1) for x in maps[2:]]          # res4, res5 [B*T, C, h, w]
@@ -80,10 +81,9 @@ class ICF(nn.Module):
 
     def _losses(self, decoded: Decoded, masks: Tensor) -> Losses:
         """masks: [M,H,W] of the decoded frames."""
-        with torch.autocast(masks.device.type, enabled=False):
-            terms = dense_losses(decoded.masks, masks) if self.dense else matched_losses(
-                decoded.classes, decoded.masks, masks, self.preset)
-            return Losses(sum(self.weights[name] * value for name, value in terms.items()), terms)
+        terms = dense_losses(decoded.masks, masks) if self.dense else matched_losses(
+            decoded.classes, decoded.masks, masks, self.preset)
+        return Losses(sum(self.weights[name] * value for name, value in terms.items()), terms)
 
     def _predict(self, decoded: Decoded, size: tuple[int, int]) -> Tensor:
         """[M,1,H,W] logits, or [M,K,H,W] sum over queries of p(class) sigmoid(mask), at the size of the frames."""

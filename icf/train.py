@@ -81,6 +81,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
     """
     accelerator = start(cfg, resume)
     train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
+    train_set.seed = cfg.train.seed
     sampler = EpochSampler(len(train_set), cfg.train.seed)
     loader = build_loader(train_set, cfg, sampler)
 
@@ -102,6 +103,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
     bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
     with stop_requested(accelerator) as stopping, bar:
         while progress.epoch < epochs and progress.step < total_steps:
+            train_set.set_epoch(progress.epoch)
             sampler.epoch = progress.epoch
             sampler.start = progress.batch * cfg.train.batch * accelerator.num_processes
             if train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, total_steps, bar, stopping):
@@ -117,9 +119,10 @@ def train(cfg: Config, resume: bool = False) -> dict:
 
 def start(cfg: Config, resume: bool) -> Accelerator:
     """The accelerator, in a run folder that holds the configuration."""
-    accelerator = Accelerator(mixed_precision=cfg.train.amp, gradient_accumulation_steps=cfg.train.accumulate,
-                              log_with="tensorboard", project_dir=str(cfg.out),
-                              dataloader_config=DataLoaderConfiguration(non_blocking=True))
+    no_device = not torch.accelerator.is_available()  # told, several processes share the work on CPUs too
+    accelerator = Accelerator(cpu=no_device, mixed_precision=cfg.train.amp,
+                              gradient_accumulation_steps=cfg.train.accumulate, log_with="tensorboard",
+                              project_dir=str(cfg.out), dataloader_config=DataLoaderConfiguration(non_blocking=True))
     if resume:
         newest_state(cfg.out)
     elif states(cfg.out) or (cfg.out / WEIGHTS).exists():
@@ -244,11 +247,12 @@ def validation(accelerator: Accelerator, model, val_set: Dataset, cfg: Config, p
 
 def finish(accelerator: Accelerator, model, cfg: Config) -> dict:
     """Evaluate the best weights on the test split and write the report."""
-    accelerator.end_training()
     accelerator.wait_for_everyone()
     model = accelerator.unwrap_model(model)
     load_weights(model, cfg.out / WEIGHTS)
-    return evaluate(model, cfg, "test", cfg.out, device=accelerator.device, accelerator=accelerator)
+    results = evaluate(model, cfg, "test", cfg.out, device=accelerator.device, accelerator=accelerator)
+    accelerator.end_training()  # closes the group of processes too
+    return results
 
 
 @contextmanager

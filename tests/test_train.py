@@ -1,6 +1,7 @@
 """Training: what a run leaves behind, and that stopping it in any way and going on changes nothing."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from icf.checkpoint import load_model, load_weights, read_config, save_weights, states, write_atomic
+from icf.cli import main
 from icf.config import Config
 from icf.train import EpochSampler, length, lr_factor, parameter_groups, train
 
@@ -70,6 +72,27 @@ def test_loaded_model_is_the_trained_one(finished):
     assert cfg == finished and not model.training
     for name, value in load_file(finished.out / "best.safetensors").items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_evaluate_command_repeats_the_scores_beside_the_weights(finished, tmp_path):
+    moved = shutil.copytree(finished.out, tmp_path / "moved")
+    (moved / "results.json").unlink()
+    main(["evaluate", str(moved), "--save-masks"])
+    main(["evaluate", str(moved), "--split", "val", "--eval.negatives", "[]"])
+    scores = [json.loads((run / "results.json").read_text()) for run in (finished.out, moved, moved / "val")]
+    assert scores[0]["J"] == scores[1]["J"] and scores[2]["split"] == "val"
+    main(["evaluate", "--masks", str(moved / "masks"), "--config", str(moved / "config.yaml"),
+          "--out", str(tmp_path / "masks")])
+    assert json.loads((tmp_path / "masks" / "results.json").read_text())["J"] == pytest.approx(scores[0]["J"])
+
+
+def test_predict_command_segments_a_folder_of_frames(finished, toy_root, tmp_path):
+    frames = next((toy_root / "Multi-sources/ms3_data/visual_frames").iterdir())
+    source = shutil.copytree(frames, tmp_path / "clip")
+    shutil.copy(next((toy_root / "Multi-sources/ms3_data/audio_wav").rglob(f"{frames.name}.wav")), source)
+    main(["predict", str(source), "--weights", str(finished.out), "--output", str(tmp_path / "out")])
+    assert len(list((tmp_path / "out" / "masks").glob("*.png"))) == 5
+    assert {"overlay.mp4", "contact_sheet.png", "predictions.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

@@ -1,13 +1,9 @@
-#include "common/tensor.h"
-#include "gw_contrast/gw_contrast_math.h"
+#include "gw_contrast/gw_contrast_args.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
 #include <memory>
-#include <optional>
-#include <string>
-#include <tuple>
 #include <vector>
 
 // A SIMD vector holds one pair per lane, so its width is chosen per machine here instead of by ICF_SIMD.
@@ -20,8 +16,7 @@
 namespace icf {
 namespace {
 
-using gw::Spectral;
-using OptionalTensor = std::optional<Tensor>;
+using namespace gw;
 constexpr int64_t kTile = int64_t(1) << 22;  // entries of the cross-Gram matrix that are worked on at a time
 
 template <typename T, int BYTES>
@@ -30,29 +25,6 @@ struct Vector {
 };
 
 // ---- samples: mean, factor, trace and entropy, and back ------------------------------------------------------------
-
-// Frames [N, B, T, d] of one side. The rows of its factor lie at [N, B, T-1, d] or, row by row, at [N, T-1, B, d].
-struct Side {
-  int64_t N, B, T, d;
-  bool by_row;
-  const bool* mask;  // [N, B, T] or null
-
-  int64_t rows() const { return T - 1; }
-  int64_t samples() const { return N * B; }
-  int64_t row_stride() const { return by_row ? B * d : d; }
-  int64_t factor_at(int64_t s) const { return s / B * rows() * B * d + s % B * (by_row ? d : rows() * d); }
-  bool valid(int64_t s, int64_t t) const { return mask == nullptr || mask[s * T + t]; }
-  int64_t count(int64_t s) const {
-    int64_t n = 0;
-    for (int64_t t = 0; t < T; ++t) n += valid(s, t);
-    return n;
-  }
-};
-
-template <typename T>
-struct Moments {
-  T *mean, *factor, *trace, *entropy, *inverse;
-};
 
 template <typename F, typename T>
 ICF_SIMD void moments_range(const Side& side, const F* frames, double eps, const Moments<T>& out, int64_t begin, int64_t end) {
@@ -72,7 +44,7 @@ ICF_SIMD void moments_range(const Side& side, const F* frames, double eps, const
       if (valid && before == 0) {
         for (int64_t c = 0; c < d; ++c) base[c] = T(frame[c]);  // exact zeros in a static clip
       }
-      const T scale = valid ? gw::row_scale<T>(before, count) : T(0);
+      const T scale = valid ? row_scale<T>(before, count) : T(0);
       if (t > 0) {
         T* const row = factor + (t - 1) * stride;
         if (scale == 0) {
@@ -105,9 +77,9 @@ ICF_SIMD void moments_range(const Side& side, const F* frames, double eps, const
     if (eps > 0) {
       for (int k = 0; k < m; ++k) {
         log_det += std::log(gram[k * m + k]);
-        gw::scale_pivot_row(gram.data(), m, k);
+        scale_pivot_row(gram.data(), m, k);
         for (int i = 0; i < m; ++i) {
-          if (i != k) gw::eliminate(gram.data(), m, k, i);
+          if (i != k) eliminate(gram.data(), m, k, i);
         }
       }
       for (int64_t e = 0; e < m * m; ++e) out.inverse[s * m * m + e] = T(gram[e] / (eps * freedom));
@@ -118,13 +90,6 @@ ICF_SIMD void moments_range(const Side& side, const F* frames, double eps, const
     }
   }
 }
-
-// What the gradient of one side is made of. grad_factor comes without what is added here: traces and entropies.
-template <typename T>
-struct Incoming {
-  const T *grad, *grad_entropy, *mean, *other_mean, *factor, *inverse, *grad_factor;
-  int64_t others, own_stride, other_stride;  // of grad within a group
-};
 
 template <typename F, typename T>
 ICF_SIMD void frames_range(const Side& side, const Incoming<T>& in, F* grad_frames, int64_t begin, int64_t end) {
@@ -168,7 +133,7 @@ ICF_SIMD void frames_range(const Side& side, const Incoming<T>& in, F* grad_fram
 #pragma omp simd
         for (int64_t c = 0; c < d; ++c) row[c] += g * x[c];
       }
-      const T scale = gw::row_scale<T>(before, count);
+      const T scale = row_scale<T>(before, count);
 #pragma omp simd
       for (int64_t c = 0; c < d; ++c) {
         out[c] = F(later[c] + grad_mean[c] / count - before * scale * row[c]);
@@ -207,9 +172,9 @@ ICF_SIMD void means_range(const T* x_mean, const T* y_mean, const T* x_trace, co
 }
 
 // One vector of pairs, from `first`. ROWS >= COLS, or both 0 where they are not known when compiled.
-template <int ROWS, int COLS, typename V, typename T = gw::lane_t<V>>
+template <int ROWS, int COLS, typename V, typename T = lane_t<V>>
 ICF_MATH void one_vector(const Pairs<T>& pairs, int64_t first, int64_t end, V* a, V* v, V* norm) {
-  constexpr int kWidth = gw::kLanes<V>;
+  constexpr int kWidth = kLanes<V>;
   const bool tall = pairs.m >= pairs.n;
   const int rows = ROWS ? ROWS : tall ? pairs.m : pairs.n, cols = COLS ? COLS : tall ? pairs.n : pairs.m;
   const int64_t J = pairs.J, row_step = tall ? pairs.n * J : J, col_step = tall ? J : pairs.n * J;
@@ -232,7 +197,7 @@ ICF_MATH void one_vector(const Pairs<T>& pairs, int64_t first, int64_t end, V* a
       }
     }
   }
-  const V tail = gw::spectral_sum<ROWS, COLS, V>(a, v, norm, rows, cols, pairs.polar, pairs.spectral, pairs.regularization, poison);
+  const V tail = spectral_sum<ROWS, COLS, false, V>(a, v, norm, rows, cols, pairs.polar, pairs.spectral, pairs.regularization, poison);
   for (int l = 0; l < width; ++l) pairs.distance[first + l] -= tail[l];
   if (!pairs.polar) return;
   for (int c = 0; c < cols; ++c) {
@@ -253,7 +218,7 @@ ICF_MATH void pairs_body(const Pairs<T>& pairs, int64_t begin, int64_t end) {
   const int rows = std::max(pairs.m, pairs.n), cols = std::min(pairs.m, pairs.n);
   if (cols == 0) return;
   const std::unique_ptr<V[]> a(new V[rows * cols]), v(new V[cols * cols]), norm(new V[2 * cols + 1]);
-  for (int64_t first = begin; first < end; first += gw::kLanes<V>) {
+  for (int64_t first = begin; first < end; first += kLanes<V>) {
     if (rows == 4 && cols == 4) {
       one_vector<4, 4, V>(pairs, first, end, a.get(), v.get(), norm.get());
     } else if (rows == 9 && cols == 9) {
@@ -332,40 +297,12 @@ Tensor tile(const Tensor& t, int64_t g, int64_t groups, int64_t i, int64_t rows,
   return torch::stable::view(part, {groups, rows * inner, columns});
 }
 
-Side side_of(const Tensor& frames, const OptionalTensor& mask, bool by_row) {
-  ICF_CHECK_CONTIGUOUS(frames);
-  STD_TORCH_CHECK(frames.dim() == 4 && frames.size(2) > 0, "frames must be [N, B, T, d] with T above 0");
-  Side side{frames.size(0), frames.size(1), frames.size(2), frames.size(3), by_row, nullptr};
-  if (mask.has_value()) {
-    STD_TORCH_CHECK(mask->is_contiguous() && mask->scalar_type() == torch::headeronly::ScalarType::Bool &&
-                    mask->numel() == side.samples() * side.T, "a mask must be contiguous, bool and [N, B, T]");
-    side.mask = mask->const_data_ptr<bool>();
-  }
-  return side;
-}
-
-Spectral spectral_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "plain" || name == "smooth" || name == "entropic", "gaussian_w2 is not implemented for ", name);
-  return name == "plain" ? Spectral::plain : name == "smooth" ? Spectral::smooth : Spectral::entropic;
-}
-
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 Forward forward(const Tensor& x, const Tensor& y, const OptionalTensor& x_mask, const OptionalTensor& y_mask,
                 std::string spectral, double regularization, double eps, bool polar) {
   const Side xs = side_of(x, x_mask, false), ys = side_of(y, y_mask, true);
-  STD_TORCH_CHECK(xs.N == ys.N && xs.d == ys.d && x.scalar_type() == y.scalar_type(),
-                  "x and y must agree in N, d and dtype");
   const Spectral kind = spectral_of(spectral);
+  Results out = new_results(x, y, xs, ys, eps, polar);
   const int64_t N = xs.N, Bx = xs.B, By = ys.B, m = xs.rows(), n = ys.rows(), d = xs.d;
-  using torch::headeronly::ScalarType;
-  const auto type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const auto make = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(x, shape, type); };
-  Tensor distance = make({N, Bx, By}), x_entropy = make({N, Bx}), y_entropy = make({N, By}), x_mean = make({N, Bx, d}),
-         y_mean = make({N, By, d}), x_factor = make({N, Bx, m, d}), y_factor = make({N, n, By, d}),
-         x_inverse = eps > 0 ? make({N, Bx, m, m}) : make({0}), y_inverse = eps > 0 ? make({N, By, n, n}) : make({0}),
-         kept = polar ? make({N, Bx, m, n, By}) : make({0}), x_trace = make({N, Bx}), y_trace = make({N, By});
-
   dispatch_floating(x.scalar_type(), "gaussian_w2", [&](auto zero) {
     using F = decltype(zero);
     using T = acc_t<F>;
@@ -375,24 +312,27 @@ Forward forward(const Tensor& x, const Tensor& y, const OptionalTensor& x_mask, 
         moments_range(side, frames.const_data_ptr<F>(), eps, out, begin, end);
       });
     };
-    moments(xs, x, {data(x_mean), data(x_factor), data(x_trace), data(x_entropy), data(x_inverse)});
-    moments(ys, y, {data(y_mean), data(y_factor), data(y_trace), data(y_entropy), data(y_inverse)});
-    if (distance.numel() == 0) return;
+    moments(xs, x, out.x_moments<T>());
+    moments(ys, y, out.y_moments<T>());
+    if (out.distance.numel() == 0) return;
     torch::stable::parallel_for(0, N * Bx, 1 + 4096 / By, [&](int64_t begin, int64_t end) {
-      means_range(data(x_mean), data(y_mean), data(x_trace), data(y_trace), data(distance), Bx, By, d, begin, end);
+      means_range(data(out.x_mean), data(out.y_mean), data(out.x_trace), data(out.y_trace), data(out.distance), Bx, By, d,
+                  begin, end);
     });
     if (m == 0 || n == 0) return;
-    const Tensor columns = torch::stable::transpose(torch::stable::view(y_factor, {N, n * By, d}), 1, 2);
+    const Tensor columns = torch::stable::transpose(torch::stable::view(out.y_factor, {N, n * By, d}), 1, 2);
     for_tiles(N, Bx, m * n * By, [&](int64_t g, int64_t groups, int64_t i, int64_t rows) {
-      Tensor cross = polar ? tile(kept, g, groups, i, rows, m, n * By) : make({groups, rows * m, n * By});
-      multiply(cross, tile(x_factor, g, groups, i, rows, m, d), slice(columns, 0, g, groups), 0);
-      const Pairs<T> pairs{data(cross), data(distance) + (g * Bx + i) * By, By, int(m), int(n), polar, kind, T(regularization)};
+      Tensor cross = polar ? tile(out.polar, g, groups, i, rows, m, n * By)
+                           : torch::stable::new_empty(out.distance, {groups, rows * m, n * By});
+      multiply(cross, tile(out.x_factor, g, groups, i, rows, m, d), slice(columns, 0, g, groups), 0);
+      const Pairs<T> pairs{data(cross), data(out.distance) + (g * Bx + i) * By, By, int(m), int(n), polar, kind,
+                           T(regularization)};
       torch::stable::parallel_for(0, groups * rows * By, 64, [&](int64_t begin, int64_t end) {
         pairs_range(pairs, begin, end);
       });
     });
   });
-  return {distance, x_entropy, y_entropy, x_mean, y_mean, x_factor, y_factor, x_inverse, y_inverse, kept};
+  return out.all();
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_entropy, const Tensor& grad_y_entropy,
@@ -404,18 +344,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_ent
   Tensor grad_x = torch::stable::empty_like(x), grad_y = torch::stable::empty_like(y);
   Tensor grad_x_factor = torch::stable::new_zeros(x_factor, {N, Bx, m, d});
   Tensor grad_y_factor = torch::stable::new_zeros(y_factor, {N, n * By, d});
-  const Side xs = side_of(grad_x, x_mask, false), ys = side_of(grad_y, y_mask, true);
-  for (const Tensor* t : {&grad, &grad_x_entropy, &grad_y_entropy, &x_mean, &y_mean, &x_factor, &y_factor, &x_inverse, &y_inverse, &polar}) {
-    STD_TORCH_CHECK(t->is_contiguous() && t->scalar_type() == x_factor.scalar_type(),
-                    "gaussian_w2_backward takes contiguous tensors of one dtype");
-  }
-  STD_TORCH_CHECK(x.numel() == N * Bx * (m + 1) * d && y.numel() == N * By * (n + 1) * d &&
-                  x.scalar_type() == y.scalar_type() && grad.numel() == N * Bx * By && grad_x_entropy.numel() == N * Bx && grad_y_entropy.numel() == N * By &&
-                  x_mean.numel() == N * Bx * d && y_mean.numel() == N * By * d && y_factor.numel() == N * n * By * d &&
-                  polar.numel() == N * Bx * m * n * By, "gaussian_w2_backward: shapes do not belong together");
-  STD_TORCH_CHECK(x_inverse.dim() == 1 || (x_inverse.numel() == N * Bx * m * m && y_inverse.numel() == N * By * n * n),
-                  "gaussian_w2_backward: shapes do not belong together");
-
+  const Side xs = side_of(x, x_mask, false), ys = side_of(y, y_mask, true);
+  check_saved(xs, ys, {grad, grad_x_entropy, grad_y_entropy, x_mean, y_mean, x_factor, y_factor, x_inverse, y_inverse, polar});
   dispatch_floating(x.scalar_type(), "gaussian_w2_backward", [&](auto zero) {
     using F = decltype(zero);
     using T = acc_t<F>;

@@ -9,9 +9,11 @@
 #if defined(__CUDACC__)
 #define ICF_MATH __host__ __device__ __forceinline__
 #define ICF_UNROLL _Pragma("unroll")  // registers are not indexed: a kernel's loops over a matrix have to unroll
+#define ICF_ROLLED _Pragma("unroll 1")
 #else
 #define ICF_MATH inline __attribute__((always_inline))
 #define ICF_UNROLL
+#define ICF_ROLLED
 #endif
 
 namespace icf::gw {
@@ -124,16 +126,53 @@ ICF_MATH auto rotation(const V& a, const V& b, const V& g, V& tangent, V& cosine
   return turn;
 }
 
-template <typename V>
-ICF_MATH void rotate(V& x, V& y, const V& cosine, const V& sine) {
-  const V old = x;
-  x = cosine * old - sine * y;
-  y = sine * old + cosine * y;
+// The rotation that makes two columns orthogonal; their squared norms follow it.
+template <int ROWS, typename V>
+ICF_MATH auto angle(const V* x, const V* y, int rows, V& x_norm, V& y_norm, V& cosine, V& sine) {
+  V g = V{};
+  ICF_UNROLL
+  for (int r = 0; r < (ROWS ? ROWS : rows); ++r) g += x[r] * y[r];
+  const auto turning = rotation<V>(x_norm, y_norm, g, sine, cosine);
+  x_norm -= sine * g;  // still the tangent
+  y_norm += sine * g;
+  sine *= cosine;
+  return turning;
+}
+
+template <int ROWS, typename V>
+ICF_MATH void turn(V* x, V* y, int rows, const V& cosine, const V& sine) {
+  ICF_UNROLL
+  for (int r = 0; r < (ROWS ? ROWS : rows); ++r) {
+    const V old = x[r];
+    x[r] = cosine * old - sine * y[r];
+    y[r] = sine * old + cosine * y[r];
+  }
+}
+
+template <int SIZE, typename V>
+ICF_MATH void move_on(V* columns, int size, int count) {
+  ICF_UNROLL
+  for (int r = 0; r < (SIZE ? SIZE : size); ++r) {
+    const V first = columns[r];
+    ICF_UNROLL
+    for (int c = 0; c + 1 < count; ++c) columns[c * size + r] = columns[(c + 1) * size + r];
+    columns[(count - 1) * size + r] = first;
+  }
+}
+
+template <int ROWS, typename V>
+ICF_MATH V squared_norm(const V* column, int rows) {
+  V sum = V{};
+  ICF_UNROLL
+  for (int r = 0; r < (ROWS ? ROWS : rows); ++r) sum += column[r] * column[r];
+  return sum;
 }
 
 // One-sided Jacobi: turns the columns of a, `cols` columns of `rows` each, into singular values times left singular
-// vectors, and those of v into right singular vectors; squared singular values in norm. ROWS and COLS, if not 0, are known when compiled.
-template <int ROWS, int COLS, typename V>
+// vectors, and those of v into right singular vectors; squared singular values in norm. ROWS and COLS, if not 0, are
+// known when compiled. RING, for registers: the columns move on after each round, so that the pairs stay where they are
+// and the code of one round serves all.
+template <int ROWS, int COLS, bool RING, typename V>
 ICF_MATH void jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
   if (ROWS) rows = ROWS;
   if (COLS) cols = COLS;
@@ -141,42 +180,35 @@ ICF_MATH void jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
   V *const cosines = norm + cols, *const sines = cosines + players / 2;
   ICF_UNROLL
   for (int i = 0; i < cols * cols; ++i) v[i] = V{} + lane_t<V>(i % (cols + 1) == 0);
+  ICF_ROLLED
   for (int sweep = 0; sweep < kSweeps<V>; ++sweep) {
     ICF_UNROLL
-    for (int c = 0; c < cols; ++c) {
-      norm[c] = V{};
-      ICF_UNROLL
-      for (int r = 0; r < rows; ++r) norm[c] += a[c * rows + r] * a[c * rows + r];
-    }
+    for (int c = 0; c < cols; ++c) norm[c] = squared_norm<ROWS, V>(a + c * rows, rows);
     bool active = false;
-    ICF_UNROLL
+    ICF_ROLLED
     for (int round = 0; round < players - 1; ++round) {
       decltype(*norm < *norm) turning{};  // all angles of a round first: their long latencies overlap
       ICF_UNROLL
       for (int table = 0; table < players / 2; ++table) {
         int p, q;
-        tournament_pair(round, table, players, p, q);
+        tournament_pair(RING ? 0 : round, table, players, p, q);
         if (q >= cols) continue;  // an odd number of columns leaves one out
-        V g = V{};
-        ICF_UNROLL
-        for (int r = 0; r < rows; ++r) g += a[p * rows + r] * a[q * rows + r];
-        turning |= rotation<V>(norm[p], norm[q], g, sines[table], cosines[table]);
-        norm[p] -= sines[table] * g;
-        norm[q] += sines[table] * g;
-        sines[table] *= cosines[table];
+        turning |= angle<ROWS, V>(a + p * rows, a + q * rows, rows, norm[p], norm[q], cosines[table], sines[table]);
       }
-      if (!any(turning)) continue;
-      active = true;
+      const bool turns = any(turning);
+      active |= turns;
       ICF_UNROLL
-      for (int table = 0; table < players / 2; ++table) {
+      for (int table = 0; turns && table < players / 2; ++table) {
         int p, q;
-        tournament_pair(round, table, players, p, q);
+        tournament_pair(RING ? 0 : round, table, players, p, q);
         if (q >= cols) continue;
-        ICF_UNROLL
-        for (int r = 0; r < rows; ++r) rotate<V>(a[p * rows + r], a[q * rows + r], cosines[table], sines[table]);
-        if (!with_v) continue;
-        ICF_UNROLL
-        for (int r = 0; r < cols; ++r) rotate<V>(v[p * cols + r], v[q * cols + r], cosines[table], sines[table]);
+        turn<ROWS, V>(a + p * rows, a + q * rows, rows, cosines[table], sines[table]);
+        if (with_v) turn<COLS, V>(v + p * cols, v + q * cols, cols, cosines[table], sines[table]);
+      }
+      if constexpr (RING) {
+        move_on<ROWS, V>(a, rows, players - 1);
+        move_on<COLS, V>(v, cols, players - 1);
+        move_on<1, V>(norm, 1, players - 1);
       }
     }
     if (!active) break;
@@ -207,7 +239,7 @@ ICF_MATH void spectral_term(Spectral spectral, const V& square, const V& rank_cu
 
 // The sum of f over the singular values of a, and, in a, U diag(f') V^T. `poison` is 0, or NaN to mark the result.
 // Scratch: cols x cols in v, 2 cols + 1 in norm.
-template <int ROWS, int COLS, typename V>
+template <int ROWS, int COLS, bool RING, typename V>
 ICF_MATH V spectral_sum(V* a, V* v, V* norm, int rows, int cols, bool polar, Spectral spectral, lane_t<V> regularization,
                         const V& poison) {
   if (ROWS) rows = ROWS;
@@ -221,7 +253,7 @@ ICF_MATH V spectral_sum(V* a, V* v, V* norm, int rows, int cols, bool polar, Spe
   const V scale = inverse_power_of_two<V>(largest);
   ICF_UNROLL
   for (int i = 0; i < rows * cols; ++i) a[i] *= scale;
-  jacobi<ROWS, COLS, V>(a, v, norm, rows, cols, polar);
+  jacobi<ROWS, COLS, RING, V>(a, v, norm, rows, cols, polar);
   ICF_UNROLL
   for (int c = 0; c < cols; ++c) maximum = norm[c] > maximum ? norm[c] : maximum;
   const V rank_cut = square_root<V>(maximum) * (kEpsilon<V> * (rows > cols ? rows : cols));
@@ -268,5 +300,36 @@ template <typename T>
 ICF_MATH T row_scale(T before, T count) {
   return before > 0 ? 1 / square_root<T>(before * (before + 1) * count) : T(0);
 }
+
+// Frames [N, B, T, d] of one side. The rows of its factor lie at [N, B, T-1, d] or, row by row, at [N, T-1, B, d].
+struct Side {
+  int64_t N, B, T, d;
+  bool by_row;
+  const bool* mask;  // [N, B, T] or null
+
+  ICF_MATH int64_t rows() const { return T - 1; }
+  ICF_MATH int64_t samples() const { return N * B; }
+  ICF_MATH int64_t row_stride() const { return by_row ? B * d : d; }
+  ICF_MATH int64_t factor_at(int64_t s) const { return s / B * rows() * B * d + s % B * (by_row ? d : rows() * d); }
+  ICF_MATH bool valid(int64_t s, int64_t t) const { return mask == nullptr || mask[s * T + t]; }
+  ICF_MATH int64_t count(int64_t s) const {
+    int64_t n = 0;
+    for (int64_t t = 0; t < T; ++t) n += valid(s, t);
+    return n;
+  }
+};
+
+// What becomes of the frames of one side.
+template <typename T>
+struct Moments {
+  T *mean, *factor, *trace, *entropy, *inverse;
+};
+
+// What the gradient of one side is made of. grad_factor lacks what traces and entropies add to it.
+template <typename T>
+struct Incoming {
+  const T *grad, *grad_entropy, *mean, *other_mean, *factor, *inverse, *grad_factor;
+  int64_t others, own_stride, other_stride;  // of grad within a group
+};
 
 }  // namespace icf::gw

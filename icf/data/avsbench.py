@@ -20,7 +20,7 @@ from torch import Tensor
 
 from icf.data import IGNORE, Clip
 from icf.data.audio import RATE, fit_examples, load_log_mel, load_wav, log_mel_examples, resample
-from icf.data.transforms import combo, resize_frame, resize_label
+from icf.data.transforms import combo, flip, resize_frame, resize_label
 
 if TYPE_CHECKING:
     from icf.config import DataConfig
@@ -258,7 +258,7 @@ class AVSBench(torch.utils.data.Dataset):
         if not self.records:
             raise ValueError(f"data.root: {self.root} names no clip of split {split!r}")
         self.names = [record.name for record in self.records]
-        self.augmented = data.augmentation == "combo" and split == "train"
+        self.augmentation = data.augmentation if split == "train" else "none"
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader processes see it change
         count, side = len(self.records) if data.cache else 0, (data.size, data.size)
         self._log_mels = Memory(count, (data.frames, 1, 96, 64), torch.float32)
@@ -332,10 +332,12 @@ class AVSBench(torch.utils.data.Dataset):
         record, steps = self.records[index], torch.arange(self.data.frames)
         frames = self._frames.get(index, lambda: self._read_frames(record))
         masks = self._masks.get(index, lambda: self._read_masks(record))
-        if self.augmented:
+        if self.augmentation != "none":
             # Draws of neighbouring seeds are alike in torch's generator; a multiplier keeps the seeds apart.
             seed = ((self.seed * 1_000_003 + self._epoch.item()) * 1_000_003 + index) * 0x9E3779B97F4A7C15 % 2**63
-            frames, masks = combo(frames, masks, torch.Generator().manual_seed(seed), scale=self.subset != "avss")
+            generator = torch.Generator().manual_seed(seed)
+            frames, masks = flip(frames, masks, generator) if self.augmentation == "flip" else combo(
+                frames, masks, generator, scale=self.subset != "avss")
         real = steps < len(record.frames)
         frames[~real], masks[~real] = 0, 0
         return Clip(frames, log_mel, masks, real, steps < record.labelled, record.name, record.categories)

@@ -38,6 +38,11 @@ def _middle(edge: int, size: int) -> slice:
     return slice(start, start + size)
 
 
+def flip(frames: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Left and right exchanged in half of the clips. frames: [T,3,S,S]; masks: [T,S,S]; generator: decides."""
+    return (frames.flip(-1), masks.flip(-1)) if torch.rand((), generator=generator) < 0.5 else (frames, masks)
+
+
 def combo(frames: Tensor, masks: Tensor, generator: torch.Generator, scale: bool) -> tuple[Tensor, Tensor]:
     """The augmentation of COMBO-AVS: flip and colour, and for S4 and MS3 a random `scale` of 0.5 to 2 with a crop.
 
@@ -52,8 +57,7 @@ def combo(frames: Tensor, masks: Tensor, generator: torch.Generator, scale: bool
 
     if scale:
         frames, masks = _scale_and_crop(frames, masks, uniform)
-    if uniform(0, 1) < 0.5:
-        frames, masks = frames.flip(-1), masks.flip(-1)
+    frames, masks = flip(frames, masks, generator)
     return _colour(frames, uniform), masks
 
 

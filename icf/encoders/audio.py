@@ -28,10 +28,10 @@ class VGGish(nn.Module):
         super().__init__()
         c1, c2, c3, c4, hidden = (max(1, round(width * channels)) for channels in (64, 128, 256, 512, 4096))
         pool = nn.MaxPool2d(2)
-        self.features = nn.Sequential(
-            _conv(1, c1), nn.ReLU(True), pool, _conv(c1, c2), nn.ReLU(True), pool,
-            _conv(c2, c3), nn.ReLU(True), _conv(c3, c3), nn.ReLU(True), pool,
-            _conv(c3, c4), nn.ReLU(True), _conv(c4, c4), nn.ReLU(True), pool,
+        self.features = nn.Sequential(                                      # pool before ReLU: the same, cheaper
+            _conv(1, c1), pool, nn.ReLU(True), _conv(c1, c2), pool, nn.ReLU(True),
+            _conv(c2, c3), nn.ReLU(True), _conv(c3, c3), pool, nn.ReLU(True),
+            _conv(c3, c4), nn.ReLU(True), _conv(c4, c4), pool, nn.ReLU(True),
         )
         self.embeddings = nn.Sequential(
             nn.Linear(c4 * 24, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True),

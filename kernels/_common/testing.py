@@ -17,6 +17,8 @@ class Cases(NamedTuple):
     shapes: list  # the first, a small one, is also differentiated numerically
     benchmarks: dict
     dtypes: tuple = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    keywords: tuple = ()  # names of the last arguments, where the function takes them by name only
+    differentiable: bool = True  # False for results that are constants
 
 
 def module(room, name):
@@ -27,6 +29,17 @@ def operators():
     """The operators of all rooms, as (room, operator)."""
     rooms = [m.name for m in pkgutil.iter_modules(icf_kernels.__path__) if m.ispkg and not m.name.startswith("_")]
     return [(room, op) for room in sorted(rooms) for op in module(room, "cases").CASES]
+
+
+def operator_function(room, op, name, **options):
+    """An operator as in one of the room's modules, `api` or `reference`, taking the arguments that its cases make."""
+    keywords, target = module(room, "cases").CASES[op].keywords, getattr(module(room, name), op)
+
+    def call(*args):
+        first = len(args) - len(keywords)
+        return target(*args[:first], **dict(zip(keywords, args[first:], strict=True)), **options)
+
+    return call
 
 
 def why_not(room, op, backend, args):
@@ -54,6 +67,8 @@ def forward_backward(function, args, dtype):
     """Results and gradients. The incoming gradients are rounded to `dtype`, whatever the arguments' own."""
     args, leaves = require_grad(args)
     outs = results(function, args)
+    if not any(o.requires_grad for o in outs):
+        return list(outs)
     grads = [torch.arange(o.numel(), device=o.device).cos().view_as(o).to(dtype).to(o) for o in outs]
     return [*outs, *torch.autograd.grad(outs, leaves, grads)]
 

@@ -7,15 +7,22 @@ from .._common.library import define, kernel
 TRITON = "icf_kernels.gw_contrast.triton"
 
 
-def _limited(check):
+MAX_FRAMES = 49  # a matrix per warp has to fit into shared memory
+
+
+def _limited(name, check):
     def can_run(op, x, y, x_mask, y_mask, spectral, regularization, eps):
         if spectral == "eps":
             return False, "spectral='eps' is a reference for tests, computed in plain PyTorch"
+        if name == "triton" and x.dtype == torch.float64:
+            return False, "its Triton kernels compute in float32, got float64"
+        if name in ("cuda", "triton") and max(x.shape[2], y.shape[2]) > MAX_FRAMES:
+            return False, f"takes up to {MAX_FRAMES} frames on a GPU, got {x.shape[2]} and {y.shape[2]}"
         return check(op, x)
     return can_run
 
 
-CAN_RUN = {name: check if name == "reference" else _limited(check) for name, check in backends.CAN_RUN.items()}
+CAN_RUN = {name: check if name == "reference" else _limited(name, check) for name, check in backends.CAN_RUN.items()}
 
 
 def _fake(x, y, x_mask, y_mask, spectral, regularization, eps, polar=True):
@@ -50,7 +57,8 @@ def _backward(ctx, backend, *grads):
 
 define("gaussian_w2", "(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, str spectral, float regularization, "
        "float eps, bool polar=True) -> (" + ", ".join(["Tensor"] * 10) + ")",
-       fake=_fake, backward=_backward, setup_context=_setup_context)
+       triton=TRITON, fake=_fake, backward=_backward, setup_context=_setup_context)
 define("gaussian_w2_backward", "(Tensor grad_distance, Tensor grad_x_entropy, Tensor grad_y_entropy, Tensor x, "
        "Tensor y, Tensor x_mean, Tensor y_mean, Tensor x_factor, Tensor y_factor, Tensor x_inverse, "
-       "Tensor y_inverse, Tensor polar, Tensor? x_mask, Tensor? y_mask) -> (Tensor, Tensor)", fake=_fake_backward)
+       "Tensor y_inverse, Tensor polar, Tensor? x_mask, Tensor? y_mask) -> (Tensor, Tensor)",
+       triton=TRITON, fake=_fake_backward)

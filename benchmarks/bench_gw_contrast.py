@@ -1,0 +1,149 @@
+"""The whole contrastive loss, forward and backward, against what else computes it: pytest benchmarks/ --benchmark-only
+
+All versions of a size take turns in one process. Peers: the dense form of POT (`ot`, if installed) and with singular
+values of root products, and the low-rank form with torch.linalg.svd. extra_info gives the median ratio of each to ours,
+the growth of peak memory, and the floor: matrix products and rotations in FLOP.
+"""
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from icf.ops import gw_contrast
+
+SIZES = [(8, 5, 256), (8, 10, 256), (32, 10, 256), (128, 5, 256), (128, 10, 256), (512, 10, 256),
+         (32, 10, 128), (32, 10, 512), (32, 10, 1024)]
+SWEEPS = 6.4  # of Jacobi on random 9 x 9 matrices, eight to a vector
+
+
+class NuclearNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, matrix):
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        kept = s > max(matrix.shape[-2:]) * torch.finfo(s.dtype).eps * s[..., :1]
+        ctx.save_for_backward((u * kept[..., None, :]) @ v)
+        return s.sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[..., None, None] * ctx.saved_tensors[0]
+
+
+def helmert(x):
+    T = x.shape[1]
+    k = torch.arange(1, T, dtype=x.dtype)[:, None]
+    rows = ((torch.arange(T) < k).to(x.dtype) - k * (torch.arange(T) == k)) / (k * (k + 1) * T).sqrt()
+    return rows @ (x - x[:, :1])
+
+
+def low_rank(x, y):
+    (X, x_mean), (Y, y_mean) = ((helmert(z), z.mean(1)) for z in (x, y))
+    (B, m, d), n = X.shape, Y.shape[1]
+    cross = (X.reshape(B * m, d) @ Y.reshape(B * n, d).mT).view(B, m, B, n).transpose(1, 2).contiguous()
+    squares = [mean.square().sum(-1) + z.square().sum((1, 2)) for mean, z in ((x_mean, X), (y_mean, Y))]
+    distance = squares[0][:, None] + squares[1] - 2 * x_mean @ y_mean.mT - 2 * NuclearNorm.apply(cross)
+    entropy = [torch.linalg.cholesky(z @ z.mT / 1e-2 + torch.eye(z.shape[1])).diagonal(dim1=1, dim2=2).log().sum(1)
+               / z.shape[1] for z in (X, Y)]
+    return distance + 0.1 * (entropy[0][:, None] + entropy[1])
+
+
+def dense(x, y):
+    """By POT: batched d x d square roots, eps added as it must be for a gradient."""
+    from ot.gaussian import bures_wasserstein_distance
+    parts = []
+    for z in (x, y):
+        mean = z.mean(1)
+        centred = (z - mean[:, None]) / math.sqrt(z.shape[1])
+        parts.append((mean, centred.mT @ centred + 1e-3 * torch.eye(z.shape[2])))
+    (x_mean, x_cov), (y_mean, y_cov) = parts
+    distance = bures_wasserstein_distance(x_mean, y_mean, x_cov, y_cov, paired=False) ** 2
+    entropy = [torch.linalg.slogdet(cov)[1] / 2 for cov in (x_cov, y_cov)]
+    return distance + 0.1 * (entropy[0][:, None] + entropy[1])
+
+
+def root(cov):
+    values, vectors = torch.linalg.eigh(cov)
+    return vectors * values.clamp(min=1e-12).sqrt()[:, None] @ vectors.mT
+
+
+def dense_singular_values(x, y):
+    """One root per sample, then singular values of d x d products; values alone, its gradient is not finite."""
+    parts = []
+    for z in (x, y):
+        centred = (z - z.mean(1, keepdim=True)) / math.sqrt(z.shape[1])
+        parts.append((z.mean(1), centred.mT @ centred))
+    (x_mean, x_cov), (y_mean, y_cov) = parts
+    trace = [cov.diagonal(dim1=1, dim2=2).sum(1) for cov in (x_cov, y_cov)]
+    cross = torch.linalg.svdvals(root(x_cov)[:, None] @ root(y_cov)).sum(-1)
+    return torch.cdist(x_mean, y_mean).square() + trace[0][:, None] + trace[1] - 2 * cross
+
+
+def info_nce(distance):
+    logits = -distance / 0.2
+    own = logits.diagonal()
+    return ((torch.logsumexp(logits, 1) - own).mean() + (torch.logsumexp(logits, 0) - own).mean()) / 2
+
+
+def frames(B, T, d, seed):
+    generator = torch.Generator().manual_seed(seed)
+    clips = torch.randn(B, 1, d, generator=generator)
+    return normalize(clips + 0.7 * torch.randn(B, T, d, generator=generator), dim=-1)
+
+
+def floor(B, T, d):
+    n = T - 1
+    rotations = SWEEPS * n * (n - 1) / 2 * (2 * n + 12 * n + 25)  # each: a product, two columns of A and V, an angle
+    return dict(gemm_gflop=6 * (B * n) ** 2 * d / 1e9, rotation_gflop=B * B * rotations / 1e9)
+
+
+def seconds(function, x, y, gradient=True):
+    leaves = [z.clone().requires_grad_(gradient) for z in (x, y)]
+    start = time.perf_counter()
+    loss = function(*leaves)
+    if gradient:
+        loss.backward()
+    return time.perf_counter() - start
+
+
+def print_memory(B, T, d):
+    """MB by which the peak of a fresh process grows over its first call of this size."""
+    seconds(gw_contrast, frames(8, T, d, 1), frames(8, T, d, 2))
+    x, y = frames(B, T, d, 1), frames(B, T, d, 2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds(gw_contrast, x, y)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+@pytest.mark.parametrize("B, T, d", SIZES)
+def bench_whole_loss(benchmark, B, T, d):
+    x, y = frames(B, T, d, 1), frames(B, T, d, 2)
+    memory = float(subprocess.check_output([sys.executable, "-P", __file__, *map(str, (B, T, d))]))
+    peers = {"low rank, torch.linalg.svd": (lambda x, y: info_nce(low_rank(x, y)), True)}
+    if B * d <= 32 * 256:
+        peers["dense singular values, forward"] = lambda x, y: info_nce(dense_singular_values(x, y)), False
+        try:
+            import ot  # noqa: F401
+            peers["POT"] = lambda x, y: info_nce(dense(x, y)), True
+        except ImportError:
+            pass
+    ratios = {}
+    for name, (peer, gradient) in peers.items():
+        rounds = 2 if "low" not in name or B > 128 else 9
+        pairs = [(seconds(peer, x, y, gradient), min(seconds(gw_contrast, x, y, gradient) for _ in range(2)))
+                 for _ in range(rounds)]
+        ratios[name] = round(statistics.median(theirs / ours for theirs, ours in pairs), 1)
+    benchmark.group = f"gw_contrast, B={B}, T={T}, d={d}"
+    benchmark.extra_info.update(ratios=ratios, peak_memory_growth_mb=round(memory, 1), threads=torch.get_num_threads(),
+                                torch=torch.__version__, dtype="float32", **floor(B, T, d))
+    print(f"\n{benchmark.group}: {ratios}, {memory:.0f} MB")
+    benchmark.pedantic(lambda: seconds(gw_contrast, x, y), rounds=10 if B <= 128 else 3, warmup_rounds=1)
+
+
+if __name__ == "__main__":
+    print_memory(*map(int, sys.argv[1:]))

@@ -1,0 +1,100 @@
+#include "common/tensor.h"
+#include "gram_schmidt/gram_schmidt_cpu.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace icf {
+namespace {
+
+constexpr int64_t kGrain = 16384;  // elements worth a thread
+
+// x becomes its product with the Hadamard matrix, in O(d log d).
+template <typename A>
+ICF_INLINE void hadamard_transform(A* x, int64_t d) {
+  for (int64_t half = 1; half < d; half *= 2) {
+    for (int64_t i = 0; i < d; i += 2 * half) {
+#pragma omp simd
+      for (int64_t j = i; j < i + half; ++j) {
+        const A a = x[j], b = x[j + half];
+        x[j] = a + b;
+        x[j + half] = a - b;
+      }
+    }
+  }
+}
+
+// k rows of the Hadamard matrix with signs, reflected so that one more becomes z. B: lanes that share a sign.
+template <int B, typename T, typename A = acc_t<T>>
+ICF_SIMD void direction_rows(const T* z, T* out, uint64_t seed, int64_t k, int64_t d, int64_t begin, int64_t end,
+                             A* signs, A* w, A* cosine) {
+  const A size = 1 / std::sqrt(A(d));
+  for (int64_t i = begin; i < end; ++i) {
+    convert(z + i * d, w, d);
+    A square = dot(w, w, d);
+    rescale(w, square, d);
+    const A inv_z = square == 0 ? A(0) : 1 / std::sqrt(square);
+    for (int64_t q = 0; q < (d + 127) / 128; ++q) {
+      uint32_t word[4];
+      philox_words(seed, i, uint32_t(q), 0, word[0], word[1], word[2], word[3]);
+      for (int64_t j = 128 * q; j < std::min(d, 128 * (q + 1)); ++j) {
+        signs[j] = word[j % 128 / 32] >> (j % 32) & 1 ? -size : size;
+      }
+    }
+    for (int64_t j = 0; j < d; ++j) {
+      w[j] *= inv_z;
+      cosine[j] = w[j] * signs[j];
+    }
+    hadamard_transform(cosine, d);
+    uint32_t first, step, unused2, unused3;
+    philox_words(seed, i, 0, 1, first, step, unused2, unused3);
+    for (int64_t row = 0; row <= k; ++row) {
+      const uint32_t index = (first + uint32_t(row) * (step | 1u)) & uint32_t(d - 1);
+      const A c0 = cosine[first & uint32_t(d - 1)];
+      A lane[B], weight = row ? cosine[index] / (1 + std::abs(c0)) : A(-1);
+      for (int b = 0; b < B; ++b) lane[b] = __builtin_popcount(index & uint32_t(b)) % 2 ? A(-1) : A(1);
+      if (row == 0 && c0 > 0) {
+        for (int b = 0; b < B; ++b) lane[b] = -lane[b];
+      }
+      T* y = out + (i * k + row - 1) * d;
+      for (int64_t j = 0; j < d; j += B) {
+        const A sign = __builtin_popcount(index & uint32_t(j)) % 2 ? A(-1) : A(1);
+#pragma omp simd
+        for (int b = 0; b < B; ++b) {
+          const A value = signs[j + b] * (lane[b] * sign) + weight * w[j + b];
+          if (row == 0) w[j + b] = value;  // the reflector, q_0 up to its sign minus z/|z|
+          else y[j + b] = round_to<T>(value);
+        }
+      }
+    }
+  }
+}
+
+Tensor directions(const Tensor& z, const Tensor& seed, int64_t k) {
+  ICF_CHECK_CONTIGUOUS(z);
+  const int64_t d = z.dim() ? z.size(-1) : 0;
+  STD_TORCH_CHECK(d > 1 && (d & (d - 1)) == 0 && d < (int64_t(1) << 31) && k >= 0 && k < d,
+                  "z must be [*, d] with d a power of two above k");
+  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "seed must be an int64 tensor of one element");
+  std::vector<int64_t> shape(z.sizes().begin(), z.sizes().end());
+  shape.insert(shape.end() - 1, k);
+  Tensor out = torch::stable::new_empty(z, shape);
+  const uint64_t key = uint64_t(*seed.const_data_ptr<int64_t>());
+  dispatch_floating(z.scalar_type(), "orthogonal_directions", [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    torch::stable::parallel_for(0, z.numel() / d, kGrain / ((k + 1) * d) + 1, [&](int64_t begin, int64_t end) {
+      std::vector<A> scratch(3 * d);
+      const auto rows = d >= 16 ? direction_rows<16, T> : direction_rows<2, T>;
+      rows(z.const_data_ptr<T>(), out.mutable_data_ptr<T>(), key, k, d, begin, end, scratch.data(), scratch.data() + d,
+           scratch.data() + 2 * d);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace icf
+
+STABLE_TORCH_LIBRARY_IMPL(icf, CPU, m) { m.impl("orthogonal_directions.cpp", TORCH_BOX(&icf::directions)); }
