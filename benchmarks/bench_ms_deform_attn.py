@@ -1,0 +1,94 @@
+"""Deformable attention against others, interleaved in one process, with the floor of bytes and operations.
+
+    pytest benchmarks/bench_ms_deform_attn.py --benchmark-only -s
+
+`extra_info` holds the median seconds of every implementation, and how many times longer it takes than ours.
+"""
+import statistics
+import time
+
+import pytest
+import torch
+from torch.nn.functional import grid_sample
+
+from icf.ops import ms_deform_attn, ms_deform_attn_fused
+from icf_kernels._common.testing import require_grad
+from icf_kernels.ms_deform_attn.cases import BENCHMARKS, make_inputs
+
+try:
+    from torch_ms_deform_attn import ms_deform_attn as peer  # pip install torch-ms-deform-attn
+except ImportError:
+    peer = None
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDS = 5
+
+
+def by_grid_sample(value, sizes, locations, weights):
+    """The composition of Deformable DETR."""
+    (B, _, M, D), (Q, L, P) = value.shape, locations.shape[1:2] + locations.shape[3:5]
+    maps, samples = value.split([h * w for h, w in sizes], 1), []
+    for level, (h, w) in enumerate(sizes):
+        image = maps[level].flatten(2).transpose(1, 2).reshape(B * M, D, h, w)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
+        samples.append(grid_sample(image, grid, padding_mode="zeros", align_corners=False))
+    weights = weights.transpose(1, 2).reshape(B * M, 1, Q, L * P)
+    return (torch.stack(samples, -2).flatten(-2) * weights).sum(-1).view(B, M * D, Q).transpose(1, 2)
+
+
+def implementations(shape):
+    value, sizes, _, locations, weights = plain = make_inputs(shape, torch.float32, DEVICE)
+    low = make_inputs(shape, torch.bfloat16, DEVICE)
+    runs = {"ours": (ms_deform_attn, plain), "ours, bfloat16": (ms_deform_attn, low),
+            "ours, bfloat16 value": (ms_deform_attn, (low[0], *plain[1:])),
+            "ours, fused": (ms_deform_attn_fused, make_inputs(shape, torch.float32, DEVICE, fused=True)),
+            "grid_sample": (lambda v, _, __, xy, a: by_grid_sample(v, sizes, xy, a), plain)}
+    if peer is not None:
+        shapes = torch.tensor(sizes, device=DEVICE)
+        starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
+        runs["torch-ms-deform-attn"] = (lambda v, _, __, xy, a: peer(v, shapes, starts, xy, a), plain)
+    return runs
+
+
+def floor(shape, mode, width=4):
+    """Bytes that must be moved and operations that must be done: each tensor once; 4 corners of D channels a sample."""
+    B, Q, M, D, P, *sizes, _ = shape
+    S, samples = sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True)), B * Q * M * (len(sizes) // 2) * P
+    value, out, points = B * S * M * D * width, B * Q * M * D * width, 3 * samples * width
+    forward = {"bytes": value + points + out, "flops": samples * (8 * D + 14)}
+    backward = {"bytes": 2 * (value + points) + out, "flops": samples * (16 * D + 40)}
+    return forward if mode == "forward" else {key: forward[key] + backward[key] for key in forward}
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+@pytest.mark.parametrize("case", BENCHMARKS)
+def bench_against_others(benchmark, case, mode):
+    def step(function, args):
+        if mode == "forward":
+            function(*args)
+        else:
+            args, leaves = require_grad(args)
+            out = function(*args)
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    runs = implementations(BENCHMARKS[case])
+    seconds = {name: [] for name in runs}
+    for _ in range(ROUNDS + 1):  # the first warms up
+        for name, run in runs.items():
+            started = time.perf_counter()
+            step(*run)
+            seconds[name].append(time.perf_counter() - started)
+    median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    least = floor(BENCHMARKS[case], mode)
+    benchmark.group = f"ms_deform_attn-{case}-{mode}"
+    benchmark.extra_info.update(
+        device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", threads=torch.get_num_threads(),
+        torch=torch.__version__, dtype="float32", floor=least, seconds=median,
+        times_ours={name: round(time / median["ours"], 2) for name, time in median.items()},
+        gbytes_per_s=round(least["bytes"] / median["ours"] / 1e9, 2),
+        gflops_per_s=round(least["flops"] / median["ours"] / 1e9, 2))
+    print(f"\n{case} {mode}: " + ", ".join(f"{name} {1e3 * t:.1f} ms ({t / median['ours']:.2f}x)"
+                                           for name, t in median.items()))
+    benchmark.pedantic(step, runs["ours"], rounds=ROUNDS)
