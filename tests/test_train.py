@@ -17,7 +17,7 @@ from icf.config import Config
 from icf.train import EpochSampler, length, lr_factor, parameter_groups, train
 
 SMALL = {
-    "data": {"subset": "ms3", "size": 64, "workers": 0},
+    "data": {"subset": "ms3", "size": 64, "workers": 1, "augmentation": "flip"},
     "model": {"visual": {"name": "resnet10t", "weights": "none"}, "context": {"dim": 16},
               "audio": {"weights": "none", "width": 0.125, "train": True},
               "decoder": {"dim": 16, "heads": 2, "pixel_layers": 1, "pixel_ffn": 32, "layers": 1, "ffn": 32,

@@ -80,7 +80,7 @@ ICF_HOST_DEVICE void gaussian_pair(uint32_t w0, uint32_t w1, float& n0, float& n
 }
 
 #if defined(__CUDACC__)
-__host__ __device__ __noinline__  // rare on a GPU, and long
+inline __host__ __device__ __noinline__  // rare on a GPU, and long
 #else
 ICF_HOST_DEVICE
 #endif
