@@ -80,7 +80,8 @@ def train(cfg: Config, resume: bool = False) -> dict:
         FileNotFoundError: there is nothing to resume.
     """
     accelerator = start(cfg, resume)
-    train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
+    with accelerator.main_process_first():  # which writes the toy benchmark where it is missing
+        train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
     train_set.seed = cfg.train.seed
     sampler = EpochSampler(len(train_set), cfg.train.seed)
     loader = build_loader(train_set, cfg, sampler)
