@@ -18,6 +18,7 @@ from .config import Config
 
 CONFIG = "config.yaml"  # the resolved configuration in a run folder
 WEIGHTS = "best.safetensors"  # the name of the best weights in a run folder
+TRAINING_ONLY = "objective."  # parameters that a model built for inference does without
 STATES = "checkpoints"  # where a run folder keeps its training states, one folder a step
 
 
@@ -108,6 +109,7 @@ def load_weights(model: nn.Module, source: Path, *, strict: bool = True) -> list
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     own = model.state_dict()
+    state = {name: value for name, value in state.items() if name in own or not name.startswith(TRAINING_ONLY)}
     fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     missing = sorted(own.keys() - fitting.keys())
     if strict and (missing or len(fitting) < len(state)):
@@ -121,13 +123,21 @@ def load_weights(model: nn.Module, source: Path, *, strict: bool = True) -> list
 
 
 def load_model(source: Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config]:
-    """The model of a weights file or run folder, in ``eval()`` on ``device``, and its configuration."""
+    """The model of a weights file or run folder, without what only training needs, in ``eval()`` on ``device``, and its
+    configuration."""
     from .model import ICF
 
     cfg = read_config(source)
-    model = ICF(cfg.model, cfg.loss, pretrained=False)
+    model = ICF(cfg.model, cfg.loss, cfg.objective, pretrained=False, inference=True)
     load_weights(model, source)
     return model.to(device).eval(), cfg
+
+
+def export(source: Path, path: Path) -> None:
+    """Write what inference needs of a weights file or run folder: no text tower, diffusion or contrast."""
+    model, cfg = load_model(source)
+    notes = {name: value for name, value in read_notes(source).items() if name not in ("version", "config")}
+    save_weights(path, model.state_dict(), cfg, **notes)
 
 
 def states(run: Path) -> list[Path]:

@@ -167,6 +167,210 @@ class ModelConfig:
 
 
 @dataclass
+class MITConfig:
+    """Multi-granularity implicit text, Eq. 3-5: pseudo-words in prompts, read by frozen text towers, matched to the clip.
+
+    A tower is `clip`, `xclip`, `clap`, `laion_clap` or `hash` (a small local one, for tests and the toy), with a hub
+    name or a folder of weights after a colon if not the default: `clip:openai/clip-vit-base-patch16`.
+
+    Args:
+        enabled: off, SC is off too, and CDCL contrasts sight and sound alone.
+        levels: granularities of the visual text.
+        frame, video, audio: the towers; segments share that of the video *(paper: CLIP, VideoCLIP, CLAP; VideoCLIP's
+            weights are not to be had, X-CLIP stands in)*.
+        precision: of the towers' weights.
+        dim: width of texts, which the towers must share.
+        texts: pseudo-words per level *(paper: 15 in the table of its supplement, 30 in the text)*.
+        slot_len: learned vectors per pseudo-word *(ours)*.
+        match: `st_top1`, the best match with a straight-through gradient *(ours)*; `hard`, gradient to the chosen text
+            alone; `mean`, Eq. 3 as printed, whose mean over all texts selects nothing.
+        match_tau: temperature of the straight-through gradient *(ours)*.
+        fuse: weight of a text in Eq. 4: `query`, a learned query against the text; `level_scalar`, one number a level.
+        z_mode: composite text `per_frame`, or `pooled` over the clip, which makes its Gaussian a point.
+        parts: a segment is 1 / parts of the clip, rounded up *(paper: 2; AVSS 4)*.
+        stride: frames between segments, `null` for their length; the last is completed backwards *(ours)*.
+        inject: `cross_attention` lets the decoder's queries read the text *(paper: in ablations without CDCL)*; the
+            model then needs the learned texts, though no tower, at test time.
+        inversion_weight, diversity_weight: of Eq. 3 read as an objective, and of the texts' mutual cosines *(ours)*.
+    """
+
+    enabled: bool = True
+    levels: tuple[Literal["video", "segment", "frame"], ...] = ("video", "segment", "frame")
+    frame: str = "clip"
+    video: str = "xclip"
+    audio: str = "clap"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    dim: int = 512
+    texts: int = 15
+    slot_len: int = 1
+    match: Literal["st_top1", "hard", "mean"] = "st_top1"
+    match_tau: float = 0.07
+    fuse: Literal["query", "level_scalar"] = "query"
+    z_mode: Literal["per_frame", "pooled"] = "per_frame"
+    parts: int = 2
+    stride: int | None = None
+    inject: Literal["none", "cross_attention"] = "none"
+    inversion_weight: float = 0.0
+    diversity_weight: float = 0.0
+
+
+@dataclass
+class SCConfig:
+    """Semantic counterfactuals, Eq. 6-12.
+
+    Args:
+        generator: where counterfactual texts come from. `diffusion`: the paper's latent diffusion. Its ablations:
+            `feature` rotates the text itself; `vqvae` quantises the rotated latent; `pair_swap` exchanges sounds or
+            pictures between clips; `audio_replacement` takes sounds of `data.replaced_audio`, else of other clips of
+            the batch; `text_revision` takes `data.captions`. `dropout` (random features set to zero) and `residual` (the sound
+            orthogonal to the picture as a negative of vision and sound) are from a third-party summary of the paper.
+        latent: `linear`, a learned projection to `dim`, or `identity` *(ours; the paper names no autoencoder)*.
+        latent_norm: `layer`, norm sqrt(dim), so that the schedule's signal-to-noise ratio holds, or `unit` *(ours)*.
+        blocks: of dimensions that are rotated each by itself *(ours)*.
+        mode: factors of the degree: `inter` (m), `intra` (s), or `both`.
+        alpha: interval of the degree alpha *(paper)*; learnable inside it, per candidate.
+        floor: least m and s *(ours)*.
+        candidates, keep: counterfactuals per clip, and how many of the closest are kept *(paper: 8 of ?)*.
+        start: diffusion step at which the text is rotated, of `steps` *(paper: 200)*.
+        ddim_steps: from there to a clean text *(ours)*.
+        beta: schedule *(ours)*.
+        rotate: the noised latent (`noised`), or the clean one before noise is added (`clean`).
+        predict: rows of the noise loss: clean and rotated ones (`mixed`), or rotated ones, as printed (`rotated`).
+        condition: denoise knowing what is seen.
+        ortho: Eq. 10: `target`, the denoised cosine at its constructed value, and a hinge that keeps the mean degree
+            above `min_degree` *(ours)*; `paper`, as printed, whose minimum is no rotation at all; `off`.
+        lambda_z, lambda_ortho: Eq. 10 and 11 *(paper)*.
+        grad: of the contrast into the sampler: its `last_step`, `none`, `full`.
+        detach_z: the text is not trained to be easily denoised *(ours)*.
+        width, layers, heads: of the denoiser.
+    """
+
+    enabled: bool = True
+    generator: Literal["diffusion", "feature", "vqvae", "pair_swap", "audio_replacement", "text_revision", "dropout",
+                       "residual"] = "diffusion"
+    latent: Literal["linear", "identity"] = "linear"
+    latent_norm: Literal["layer", "unit"] = "layer"
+    dim: int = 256
+    blocks: int = 8
+    mode: Literal["both", "inter", "intra"] = "both"
+    alpha: tuple[float, float] = (0.7, 0.8)
+    alpha_learnable: bool = True
+    floor: float = 0.05
+    candidates: int = 16
+    keep: int = 8
+    start: int = 200
+    steps: int = 1000
+    ddim_steps: int = 10
+    beta: Literal["scaled_linear", "linear"] = "scaled_linear"
+    rotate: Literal["noised", "clean"] = "noised"
+    predict: Literal["mixed", "rotated"] = "mixed"
+    condition: bool = True
+    ortho: Literal["target", "paper", "off"] = "target"
+    min_degree: float = 0.35
+    lambda_z: float = 0.8
+    lambda_ortho: float = 1.0
+    grad: Literal["last_step", "none", "full"] = "last_step"
+    detach_z: bool = True
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+
+
+@dataclass
+class CDCLConfig:
+    """Collaborative distribution-aware contrast, Eq. 13-17, after the decoder's interaction of sight and sound.
+
+    Args:
+        kind: what a clip is compared by: the `distribution` of its frames, their mean (`prototype`), or each `feature`.
+        pairs: sight and sound, sound and text, sight and text.
+        dim: width of the shared space.
+        sign: `similarity`, exp(-D / tau) *(ours)*; `paper`, exp(+D / tau) as printed, which drives positives apart.
+        symmetric: contrast sight with sound in both directions *(ours; printed: from sight to sound)*.
+        tau, gamma, eps: temperature, weight of the entropies, what is added to covariances in them *(ours)*.
+        entropy: `in_distance`, as printed, where that of the anchor cancels; `regularizer`, or `none`.
+        spectral: of the distance, see `icf.ops.gaussian_wasserstein`.
+        positives: clips that do not repel: those with the same most frequent audio text (`index`) *(ours)*; with audio
+            texts of a cosine of at least `theta` (`threshold`), with those from `theta_low` on left out (`band`); none
+            but the clip itself (`diag`).
+        theta, theta_low: see there.
+        no_negatives: a clip that all others are positives of repels them nonetheless (`diag`), or is left out (`skip`).
+        text_negatives: counterfactuals (`cf`), or texts of other clips (`batch`), which stand in where there is no SC.
+        weights: of counterfactuals, by their degree (`rho`) or by `alpha` alone.
+        weight_sum: `one`, as printed: all negatives weigh as one; `keep`: each as one.
+        visual_pool: vision is averaged where the model sees a foreground (`mask`), or everywhere (`gap`).
+        gather: contrast with the clips of all processes.
+    """
+
+    enabled: bool = True
+    kind: Literal["distribution", "prototype", "feature"] = "distribution"
+    pairs: tuple[Literal["va", "al", "vl"], ...] = ("va", "al", "vl")
+    dim: int = 256
+    sign: Literal["similarity", "paper"] = "similarity"
+    symmetric: bool = True
+    tau: float = 0.2
+    gamma: float = 0.1
+    eps: float = 1e-2
+    entropy: Literal["in_distance", "regularizer", "none"] = "in_distance"
+    spectral: Literal["plain", "smooth", "entropic", "eps"] = "plain"
+    positives: Literal["index", "threshold", "band", "diag"] = "index"
+    theta: float = 0.9
+    theta_low: float = 0.6
+    no_negatives: Literal["diag", "skip"] = "diag"
+    text_negatives: Literal["cf", "batch"] = "cf"
+    weights: Literal["rho", "alpha"] = "rho"
+    weight_sum: Literal["one", "keep"] = "one"
+    visual_pool: Literal["mask", "gap"] = "mask"
+    gather: bool = True
+
+
+@dataclass
+class ObjectiveConfig:
+    """The training objective beside segmentation: parts, and weights of Eq. 19 *(paper)*."""
+
+    mit: MITConfig = field(default_factory=MITConfig)
+    sc: SCConfig = field(default_factory=SCConfig)
+    cdcl: CDCLConfig = field(default_factory=CDCLConfig)
+    cf_weight: float = 0.2
+    cdcl_weight: float = 0.2
+    va: float = 0.4
+    al: float = 0.3
+    vl: float = 0.3
+
+    @property
+    def enabled(self) -> bool:
+        return self.mit.enabled or self.cdcl.enabled
+
+    def check(self, key: str = "objective") -> None:
+        """Raise ValueError, naming the key, where fields contradict one another or are out of range."""
+        mit, sc, cdcl = self.mit, self.sc, self.cdcl
+        _require(mit.enabled or not sc.enabled, f"{key}.sc.enabled", "false where mit.enabled is false: counterfactuals "
+                 "are made of texts", True)
+        _require(mit.enabled or not cdcl.enabled or set(cdcl.pairs) <= {"va"}, f"{key}.cdcl.pairs",
+                 "[va] where mit.enabled is false", cdcl.pairs)
+        _require(mit.enabled or cdcl.positives == "diag" or not cdcl.enabled, f"{key}.cdcl.positives",
+                 "diag where mit.enabled is false", cdcl.positives)
+        texts = sc.enabled and sc.generator != "residual"
+        _require(texts or not cdcl.enabled or cdcl.text_negatives == "batch" or not set(cdcl.pairs) - {"va"},
+                 f"{key}.cdcl.text_negatives", "batch where SC makes no counterfactual texts", cdcl.text_negatives)
+        read = mit.inject != "none" or sc.enabled or (cdcl.enabled and {*cdcl.pairs} - {"va"})
+        _require(not mit.enabled or read, f"{key}.mit.inject", "cross_attention where neither SC nor CDCL use the text",
+                 mit.inject)
+        _require(bool(mit.levels), f"{key}.mit.levels", "at least one", mit.levels)
+        for name in ("texts", "slot_len", "parts"):
+            _require(getattr(mit, name) >= 1, f"{key}.mit.{name}", "at least 1", getattr(mit, name))
+        lo, hi = sc.alpha
+        _require(0 <= lo <= hi <= 1, f"{key}.sc.alpha", "lo <= hi in [0, 1]", sc.alpha)
+        _require(1 <= sc.keep <= sc.candidates, f"{key}.sc.keep", "1 to sc.candidates", sc.keep)
+        stride = sc.start // max(sc.ddim_steps, 1)
+        _require(0 < sc.start <= sc.steps and sc.ddim_steps >= 1 and sc.start == stride * sc.ddim_steps
+                 and sc.steps // (sc.steps // stride) == stride, f"{key}.sc.start",
+                 "a multiple of sc.ddim_steps, at most sc.steps, by strides that the schedule can take", sc.start)
+        _require(sc.dim % sc.blocks == 0 and sc.dim // sc.blocks >= 2, f"{key}.sc.blocks",
+                 "a divisor of sc.dim that leaves at least 2 dimensions", sc.blocks)
+        _require(cdcl.tau > 0, f"{key}.cdcl.tau", "above 0", cdcl.tau)
+
+
+@dataclass
 class TrainConfig:
     """The recipe.
 
@@ -226,11 +430,12 @@ class EvalConfig:
 
 @dataclass
 class Config:
-    """One run: its data, model, loss, recipe and evaluation, and the folder it writes to."""
+    """One run: its data, model, loss, objective, recipe and evaluation, and the folder it writes to."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     out: Path = Path("runs/default")
@@ -254,6 +459,7 @@ class Config:
             require(getattr(self.train, name) >= 1, f"train.{name}", "at least 1", getattr(self.train, name))
         require(self.train.iters is None or self.train.iters >= 1, "train.iters", "at least 1", self.train.iters)
         require(self.train.lr > 0, "train.lr", "above 0", self.train.lr)
+        self.objective.check()
         require(0 < self.eval.threshold < 1, "eval.threshold", "between 0 and 1", self.eval.threshold)
 
     def to_dict(self) -> dict:

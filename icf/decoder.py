@@ -15,16 +15,18 @@ class Decoded(NamedTuple):
     """What the decoder hands on: of every supervised head (P of them; one at test time) and of the interaction.
 
     Args:
-        masks: [P,N,1,h,w] logits (dense), or [P,N,Q,h,w], at stride 4.
-        classes: [P,N,Q,K+1] logits, the last for "no object"; None for the dense head.
+        masks: [P,M,1,h,w] logits (dense), or [P,M,Q,h,w], at stride 4, of the supervised frames.
+        classes: [P,M,Q,K+1] logits, the last for "no object"; None for the dense head.
         pixels: [N,C,h,w] mask features after the interaction with sound.
         audio: [N,1,C] the frame's sound after the interaction with pixels; None where queries hear nothing.
+        foreground: [N,1,h,w] probability that a pixel belongs to what sounds, constant; None if not asked for.
     """
 
     masks: Tensor
     classes: Tensor | None
     pixels: Tensor
     audio: Tensor | None
+    foreground: Tensor | None = None
 
 
 class Decoder(nn.Module):
@@ -39,10 +41,12 @@ class Decoder(nn.Module):
             `own` second (a softmax over one key is constant: pixels then cannot tell where the sound fits).
         classes: K of the class head (Mask2Former); None for the dense head: one foreground, whose logit is the mean of
             the queries' masks, weighted by a softmax over the queries.
+        text_dim: width of texts that the queries read (an ablation of the paper); None: they read none.
     """
 
     def __init__(self, audio_dim: int, dim: int, layers: int, ffn: int, heads: int, queries: int,
-                 mode: str = "bidirectional", audio_keys: str = "clip_null", classes: int | None = None):
+                 mode: str = "bidirectional", audio_keys: str = "clip_null", classes: int | None = None,
+                 text_dim: int | None = None):
         super().__init__()
         self.hear = mode != "learnable"
         if self.hear:
@@ -56,9 +60,12 @@ class Decoder(nn.Module):
         self.queries = nn.Parameter(torch.randn(queries, dim))
         self.masked = MaskedDecoder(dim, layers, ffn, heads, queries, 1 if classes is None else classes + 1)
         self.dense = classes is None
+        if text_dim is not None:
+            self.text, self.read = _linear(text_dim, dim), Attention(dim, heads)
 
     def forward(self, pixels: Tensor, levels: Sequence[Tensor], audio: Tensor, frames: Tensor,
-                frame_mask: Tensor | None = None, all_heads: bool = False) -> Decoded:
+                frame_mask: Tensor | None = None, all_heads: bool = False, text: Tensor | None = None,
+                supervised: Tensor | None = None) -> Decoded:
         """Masks of N frames, taken from clips of T.
 
         Args:
@@ -68,6 +75,9 @@ class Decoder(nn.Module):
             frames: [N] places of the N frames among the B*T.
             frame_mask: [B,T] bool; sounds of other frames are not heard. None: all are real.
             all_heads: masks of the initial queries and of every layer, instead of the last.
+            text: [N,W,text_dim], what the queries read.
+            supervised: [M] places among the N of the frames whose masks are wanted, with the foreground of all, which
+                takes no gradient. None: masks of all, no foreground.
         """
         queries, own = self.queries.expand(len(pixels), -1, -1), None       # [N, Q, C]
         if self.hear:
@@ -76,11 +86,34 @@ class Decoder(nn.Module):
             if self.fusion is not None:
                 pixels, own = self.fusion(pixels, audio, own, frames, frame_mask)
             queries = queries + self.to_queries(own)                        # each frame's queries, its own sound
+        if text is not None:
+            read = self.text(text)                                          # [N, W, C]
+            queries = queries + self.read(queries, read, read)
+        if supervised is None:
+            return Decoded(*self._masks(queries, levels, pixels, all_heads), pixels, own)
+        masks, classes = self._masks(queries[supervised], [x[supervised] for x in levels], pixels[supervised], all_heads)
+        with torch.no_grad():
+            if len(supervised) == len(pixels):
+                foreground = self._foreground(masks[-1:], classes)
+            else:                                                           # the frames between, in one cheap pass
+                foreground = self._foreground(*self._masks(queries, levels, pixels, False))
+        return Decoded(masks, classes, pixels, own, foreground)
+
+    def _masks(self, queries, levels, pixels, all_heads) -> tuple[Tensor, Tensor | None]:
         embeddings, scores = self.masked(queries, levels, pixels, all_heads)
         if self.dense:                                                      # a mean of masks is the mask of the mean
             embeddings, scores = (scores.softmax(2) * embeddings).sum(2, keepdim=True), None
-        masks = torch.einsum("pnqc,nchw->pnqhw", embeddings, pixels)
-        return Decoded(masks, scores, pixels, own)
+        return torch.einsum("pnqc,nchw->pnqhw", embeddings, pixels), scores
+
+    def _foreground(self, masks: Tensor, classes: Tensor | None) -> Tensor:
+        """[N,1,h,w] from the last head; with classes, the share that is not background."""
+        masks = masks[-1].float().sigmoid()                                 # [N, 1 or Q, h, w]
+        if classes is None:
+            return masks
+        scores = torch.einsum("nqk,nqhw->nkhw", classes[-1].float().softmax(-1)[..., :-1], masks)
+        if scores.shape[1] == 1:
+            return scores.clamp(max=1)
+        return 1 - scores[:, :1] / scores.sum(1, keepdim=True).clamp(min=1e-6)
 
 
 class Fusion(nn.Module):

@@ -19,6 +19,11 @@ class Losses(NamedTuple):
     total: Tensor
     terms: dict[str, Tensor]
 
+    def __add__(self, other: dict[str, Tensor]) -> Losses:
+        """With the terms of an objective, whose `total` is added to this one."""
+        terms = {name: value for name, value in other.items() if name != "total"}
+        return Losses(self.total + other["total"], {**self.terms, **terms})
+
     def detached(self) -> dict[str, Tensor]:
         """`total` and the terms without graph, still on their device."""
         return {name: value.detach() for name, value in {"total": self.total, **self.terms}.items()}

@@ -7,17 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icf.config import LossConfig, ModelConfig
+from icf.config import LossConfig, ModelConfig, ObjectiveConfig
 from icf.context import VisualContext
 from icf.decoder import Decoded, Decoder
 from icf.encoders.audio import OUT as AUDIO_DIM
 from icf.encoders.audio import VGGish
 from icf.encoders.visual import VisualEncoder
 from icf.losses import Losses, dense_losses, matched_losses
+from icf.objective import ICFObjective, Reading
 from icf.pixel_decoder import PixelDecoder
 
 if TYPE_CHECKING:
     from icf.data import Batch
+    from icf.sc import Counterfactuals
 
 SILENT = -20.0
 """Logit of a pixel of a padded frame."""
@@ -28,6 +30,8 @@ class ICF(nn.Module):
 
     Args:
         model, loss: settings.
+        objective: settings of the training objective beside segmentation; None: there is none, as in the baseline.
+        inference: without what only training needs; the model is then for `eval` alone.
         pretrained: False leaves weight files alone, for a model whose weights are loaded next.
 
     Raises:
@@ -35,10 +39,11 @@ class ICF(nn.Module):
         FileNotFoundError, RuntimeError: weights that are missing, or cannot be fetched.
     """
 
-    def __init__(self, model: ModelConfig, loss: LossConfig | None = None, pretrained: bool = True):
+    def __init__(self, model: ModelConfig, loss: LossConfig | None = None,
+                 objective: ObjectiveConfig | None = None, pretrained: bool = True, inference: bool = False):
         super().__init__()
         loss, decoder, context = loss or LossConfig(), model.decoder, model.context
-        self.classes = model.classes
+        self.classes, self.inference = model.classes, inference
         self.dense = decoder.head == "dense" or (decoder.head == "auto" and model.classes == 1)
         if self.dense and model.classes > 1:
             raise ValueError(f"model.decoder.head: the dense head has one foreground, model.classes is {model.classes}")
@@ -51,8 +56,17 @@ class ICF(nn.Module):
         self.context = VisualContext(channels[2:], context.levels, context.dim, context.literal_product)
         self.pixel_decoder = PixelDecoder(channels, decoder.dim, decoder.pixel_layers, decoder.pixel_ffn, decoder.heads,
                                           decoder.points)
+        self.injected = objective is not None and objective.mit.enabled and objective.mit.inject == "cross_attention"
         self.decoder = Decoder(AUDIO_DIM, decoder.dim, decoder.layers, decoder.ffn, decoder.heads, decoder.queries,
-                               decoder.query_mode, decoder.audio_keys, None if self.dense else model.classes)
+                               decoder.query_mode, decoder.audio_keys, None if self.dense else model.classes,
+                               objective.mit.dim if self.injected else None)
+        self.objective = None
+        if objective is not None and objective.enabled and (self.injected or not inference):
+            if objective.cdcl.enabled and decoder.query_mode == "learnable":
+                raise ValueError("model.decoder.query_mode: expected one that hears for objective.cdcl, got 'learnable'")
+            self.objective = ICFObjective(
+                decoder.dim, decoder.dim, objective, map_dims=channels[2:], sound_dim=AUDIO_DIM, attended=("segment",),
+                context_dim=context.dim, literal_product=context.literal_product, inference=inference)
         self.deep_supervision, self.preset = loss.deep_supervision, loss.preset
         self.weights = {"bce": 5.0, "dice": 5.0, "ce": 2.0} if loss.preset == "combo" else {
             "bce": loss.bce, "dice": loss.dice, "focal": loss.focal}
@@ -62,22 +76,63 @@ class ICF(nn.Module):
 
         Padded frames are never computed; they come out as background.
         """
+        if self.training:
+            return self._step(batch)
         clips = Packing(batch.real, batch.frame_mask)
-        maps = self.visual(clips.pack(batch.frames))                        # res2..res5 [N,C,H/4,W/4] ..
-        audio = clips.unpack(self.audio(clips.pack(batch.log_mel)))         # [B, T, 128]
-        maps = self._context(maps, clips)
-        frames = batch.labelled if self.training else batch.real            # [M], those to be decoded, among B*T
-        pixels, levels = self.pixel_decoder([x[clips.find(frames)] for x in maps] if self.training else maps)
-        decoded = self.decoder(pixels, levels, audio, frames, clips.mask, self.training and self.deep_supervision)
-        with torch.autocast(frames.device.type, enabled=False):
-            if self.training:
-                return self._losses(decoded, batch.masks.flatten(0, 1)[frames])
+        maps, coarse, audio = self._encode(batch, clips)
+        text = self._text(self._read(coarse, audio, clips), batch.real) if self.injected else None
+        decoded = self.decoder(*self.pixel_decoder(maps), audio, batch.real, clips.mask, text=text)
+        with torch.autocast(audio.device.type, enabled=False):
             return clips.unpack(self._predict(decoded, batch.frames.shape[-2:]), self._background)
 
-    def _context(self, maps: list[Tensor], clips: Packing) -> list[Tensor]:
+    def _step(self, batch: Batch) -> Losses:
+        """The path of training: encoders, MIT, SC, decoder, CDCL, loss."""
+        if self.inference:
+            raise RuntimeError("ICF: this model was built for inference, without its training objective")
+        clips = Packing(batch.real, batch.frame_mask)
+        maps, coarse, audio = self._encode(batch, clips)                    # res2..res5 [N,C,H/4,W/4] .., [B, T, 128]
+        reading = self._read(coarse, audio, clips)                          # MIT: text [B, T, D]
+        cf = self._imagine(reading, batch, clips)                           # SC: counterfactual texts [B, K, T, D]
+        contrasted = self.objective is not None and self.objective.cdcl is not None
+        frames = batch.real if contrasted else batch.labelled               # [M], those to be decoded, among B*T
+        text = self._text(reading, frames) if self.injected else None
+        pixels, levels = self.pixel_decoder([x[clips.find(frames)] for x in maps])
+        decoded = self.decoder(pixels, levels, audio, frames, clips.mask, self.deep_supervision, text,
+                               clips.find(batch.labelled) if contrasted else None)
+        with torch.autocast(audio.device.type, enabled=False):
+            losses = self._losses(decoded, batch.masks.flatten(0, 1)[batch.labelled])           # Eq. 18
+            if self.objective is None:
+                return losses
+            if not contrasted:
+                return losses + self.objective.contrast(None, None, reading, cf)
+            seen, heard, where = (clips.unpack(x) for x in (decoded.pixels, decoded.audio[:, 0], decoded.foreground))
+            return losses + self.objective.contrast(seen, heard, reading, cf, clips.mask, where)  # CDCL, Eq. 19
+
+    def _encode(self, batch: Batch, clips: Packing) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Maps of the real frames, res4 and res5 again by clip [B,T,C,h,w], and sound [B,T,128]."""
+        maps = self.visual(clips.pack(batch.frames))                        # res2..res5 [N,C,H/4,W/4] ..
+        audio = clips.unpack(self.audio(clips.pack(batch.log_mel)))         # [B, T, 128]
         coarse = [clips.unpack(x).flatten(0, 1) for x in maps[2:]]          # res4, res5 [B*T, C, h, w]
         coarse = self.context(coarse, clips.shape[1], clips.mask)
-        return [*maps[:2], *(clips.pack(x.unflatten(0, clips.shape)) for x in coarse)]
+        coarse = [x.unflatten(0, clips.shape) for x in coarse]
+        return [*maps[:2], *(clips.pack(x) for x in coarse)], coarse, audio
+
+    def _read(self, coarse: list[Tensor], audio: Tensor, clips: Packing) -> Reading | None:
+        return None if self.objective is None else self.objective.read(coarse, audio, clips.mask)
+
+    def _imagine(self, reading: Reading | None, batch: Batch, clips: Packing) -> Counterfactuals | None:
+        if self.objective is None:
+            return None
+        replaced = None if batch.replaced_log_mel is None else clips.unpack(
+            self.audio(clips.pack(batch.replaced_log_mel)))
+        return self.objective.imagine(reading, clips.mask, replaced, batch.captions)
+
+    @staticmethod
+    def _text(reading: Reading, frames: Tensor) -> Tensor:
+        """Visual, audio and composite text of frames given by their places among the B*T: [N,3,D]."""
+        text = reading.text
+        z = text.z.expand(-1, text.visual.shape[1], -1)
+        return torch.stack([text.visual, text.audio, z], 2).flatten(0, 1)[frames]
 
     def _losses(self, decoded: Decoded, masks: Tensor) -> Losses:
         """masks: [M,H,W] of the decoded frames."""

@@ -26,6 +26,8 @@ class Clip:
         label_mask: [T] bool, frames with a label.
         name: unique within the split.
         categories: classes that are known to sound somewhere in the clip; empty where the set does not tell.
+        replaced_log_mel: as `log_mel`, what could sound instead, and `captions` of the clip with other objects; for the
+            ablations of counterfactuals, None otherwise.
     """
 
     frames: Tensor
@@ -35,6 +37,8 @@ class Clip:
     label_mask: Tensor
     name: str
     categories: tuple[str, ...] = ()
+    replaced_log_mel: Tensor | None = None
+    captions: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -54,6 +58,8 @@ class Batch:
     categories: list[tuple[str, ...]]
     real: Tensor | None = None
     labelled: Tensor | None = None
+    replaced_log_mel: Tensor | None = None
+    captions: list[tuple[str, ...]] | None = None
 
     def __post_init__(self):
         if self.real is None:
@@ -62,8 +68,8 @@ class Batch:
             self.labelled = self.label_mask.flatten().nonzero()[:, 0]
 
     def _map(self, function) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("names", "categories")}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(x) for name, x in values.items() if isinstance(x, Tensor)})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -82,7 +88,10 @@ def collate(clips: list[Clip]) -> Batch:
         raise ValueError(f"collate: clips must share one shape of frames, got {sorted(shapes)}")
     stack = {name: torch.stack([getattr(clip, name) for clip in clips])
              for name in ("frames", "log_mel", "masks", "frame_mask", "label_mask")}
-    return Batch(**stack, names=[clip.name for clip in clips], categories=[clip.categories for clip in clips])
+    replaced, captions = [clip.replaced_log_mel for clip in clips], [clip.captions for clip in clips]
+    return Batch(**stack, names=[clip.name for clip in clips], categories=[clip.categories for clip in clips],
+                 replaced_log_mel=None if any(x is None for x in replaced) else torch.stack(replaced),
+                 captions=None if None in captions else captions)
 
 
 def build_dataset(data: DataConfig, split: str) -> torch.utils.data.Dataset:
