@@ -118,10 +118,11 @@ class CDCL(nn.Module):
         if config.positives == "diag" or text is None:
             anchors, mode = torch.arange(clips * _world(self.group), device=device), "diag"
         elif config.positives == "index":
-            votes = F.one_hot(text.index) if frame_mask is None else F.one_hot(text.index) * frame_mask[..., None]
+            votes = text.index[..., None] == torch.arange(len(text.choices), device=device)     # [B, T, k]
+            votes = votes if frame_mask is None else votes & frame_mask[..., None]
             anchors, mode = _gather(votes.sum(1).argmax(-1), self.group), "labels"
         else:       # the texts of one template are all alike, hence centred
-            anchors, mode = _gather(_mean(text.audio - text.centre, frame_mask)[:, 0].detach(), self.group), \
+            anchors, mode = _gather(_mean(text.audio - text.choices.mean(0), frame_mask)[:, 0].detach(), self.group), \
                 config.positives
         positives, ignored = contrast_positives(anchors, mode, theta=config.theta, theta_low=config.theta_low)
         others = ~positives if ignored is None else ~(positives | ignored)

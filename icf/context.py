@@ -120,7 +120,7 @@ class LevelFeatures(nn.Module):
             place, real = self._windows(level, steps, frame_mask, maps[0].device)               # [B or 1, n, w]
             pooled = torch.cat([self._pool(level, i, x, place, real) for i, x in enumerate(maps)], -1)
             features[level] = F.normalize(project(pooled), dim=-1)
-            covers = F.one_hot(place, steps).bool()                                             # [B or 1, n, w, T]
+            covers = place[..., None] == torch.arange(steps, device=place.device)                # [B or 1, n, w, T]
             member.append((covers if real is None else covers & real[..., None]).any(2).transpose(1, 2))
         return features, torch.cat(member, 2)
 

@@ -23,7 +23,7 @@ class Text(NamedTuple):
         visual: [B,T,D] fused visual text, Eq. 4.
         audio: [B,T,D] audio text, a unit vector.
         index: [B,T] int64, which of the audio texts that is.
-        centre: [D] mean of the audio texts.
+        choices: [k,D] all of them.
         losses: terms of the texts themselves, weighted; empty by default.
     """
 
@@ -31,7 +31,7 @@ class Text(NamedTuple):
     visual: Tensor
     audio: Tensor
     index: Tensor
-    centre: Tensor
+    choices: Tensor
     losses: dict[str, Tensor]
 
 
@@ -87,7 +87,7 @@ class MIT(nn.Module):
         z = self.composite(visual, audio_text)
         if self.config.z_mode == "pooled":
             z = _mean(z, frame_mask)
-        return Text(z, visual, audio_text, index, texts["audio"].mean(0), self._losses(texts, {**features, "audio": heard}))
+        return Text(z, visual, audio_text, index, texts["audio"], self._losses(texts, {**features, "audio": heard}))
 
     def hearing(self, audio: Tensor) -> Tensor:
         """The audio text of sounds [..,T,audio_dim] outside the batch: [..,T,D]."""
@@ -120,7 +120,7 @@ class MIT(nn.Module):
         index = similarity.argmax(-1)
         if self.config.match == "mean":
             return texts.mean(0).expand_as(features), index
-        weight = F.one_hot(index, len(texts)).to(texts.dtype)
+        weight = (index[..., None] == torch.arange(len(texts), device=index.device)).to(texts.dtype)
         if self.config.match == "st_top1":
             soft = (similarity / self.config.match_tau).softmax(-1)
             weight = weight + soft - soft.detach()

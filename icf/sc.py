@@ -70,13 +70,16 @@ class SC(nn.Module):
         """Counterfactuals of each text, and the loss of their generator.
 
         Args:
-            z: [B,T,D].
+            z: [B,T,D], or [B,1,D], pooled over time.
             seen: [B,T,C], what is seen in each second; constant here.
-            frame_mask: [B,T] bool, real seconds; None: all are. Texts pooled over time have T = 1 and none.
+            frame_mask: [B,T] bool, real seconds; None: all are.
             wanted: False leaves out the texts, for a run in which they would not be used.
         """
         z = z.float().detach() if self.config.detach_z else z.float()
-        weight = _weights(z, frame_mask)                                                        # [B, T]
+        weight = _weights(seen, frame_mask)                                                     # [B, T]
+        if z.shape[1] != seen.shape[1]:
+            seen, frame_mask = (seen * weight[..., None]).sum(1, keepdim=True), None
+            weight = torch.ones_like(seen[..., 0])
         if self.generator == "dropout":
             kept = torch.rand(len(z), self.config.candidates, *z.shape[1:], device=z.device) < 0.5
             return self._keep(z[:, None] * kept, z, None, None, weight, {}, {})
@@ -230,10 +233,10 @@ def _built_cosine(x: Tensor, rho: Tensor) -> Tensor:
     return (share[:, None] * (1 - rho).sqrt()).sum(-1)
 
 
-def _weights(z: Tensor, frame_mask: Tensor | None) -> Tensor:
-    """What each second counts, [B,T], sum 1."""
-    if frame_mask is None or z.shape[1] != frame_mask.shape[1]:
-        return z.new_full(z.shape[:2], 1 / z.shape[1])
+def _weights(x: Tensor, frame_mask: Tensor | None) -> Tensor:
+    """What each second of x [B,T,C] counts, [B,T], sum 1."""
+    if frame_mask is None:
+        return x.new_full(x.shape[:2], 1 / x.shape[1])
     return frame_mask / frame_mask.sum(1, keepdim=True)
 
 

@@ -22,6 +22,10 @@ SMALL = {
               "audio": {"weights": "none", "width": 0.125, "train": True},
               "decoder": {"dim": 16, "heads": 2, "pixel_layers": 1, "pixel_ffn": 32, "layers": 1, "ffn": 32,
                           "queries": 4}},
+    "objective": {"mit": {"frame": "hash", "video": "hash", "audio": "hash", "texts": 4},
+                  "sc": {"dim": 16, "blocks": 2, "candidates": 3, "keep": 2, "ddim_steps": 2, "width": 16, "layers": 1,
+                         "heads": 2},
+                  "cdcl": {"dim": 16}},
     "train": {"batch": 4, "epochs": 2, "lr": 1e-3, "clip": 1.0, "log_every": 1},
     "eval": {"negatives": ["silence"]},
 }
@@ -70,8 +74,10 @@ def test_a_run_leaves_config_metrics_weights_scores_and_report(finished):
 def test_loaded_model_is_the_trained_one(finished):
     model, cfg = load_model(finished.out)
     assert cfg == finished and not model.training
-    for name, value in load_file(finished.out / "best.safetensors").items():
-        assert torch.equal(model.state_dict()[name], value), name
+    saved = load_file(finished.out / "best.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+    assert all(name.startswith("objective.") for name in saved.keys() - model.state_dict().keys())
 
 
 def test_evaluate_command_repeats_the_scores_beside_the_weights(finished, tmp_path):
