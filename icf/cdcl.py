@@ -33,7 +33,8 @@ class CDCL(nn.Module):
         self.project = nn.ModuleDict({name: nn.Linear(widths[name], config.dim) for name in used})
 
     def forward(self, visual: Tensor, audio: Tensor, text: Text | None = None, cf: Counterfactuals | None = None,
-                frame_mask: Tensor | None = None, residual: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+                frame_mask: Tensor | None = None,
+                residual: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The terms `va`, `al`, `vl` of Eq. 19, and statistics.
 
         Args:

@@ -168,7 +168,7 @@ class ModelConfig:
 
 @dataclass
 class MITConfig:
-    """Multi-granularity implicit text, Eq. 3-5: pseudo-words in prompts, read by frozen text towers, matched to the clip.
+    """Multi-granularity implicit text, Eq. 3-5: pseudo-words in prompts, read by frozen text towers, and matched.
 
     A tower is `clip`, `xclip`, `clap`, `laion_clap` or `hash` (a small local one, for tests and the toy), with a hub
     name or a folder of weights after a colon if not the default: `clip:openai/clip-vit-base-patch16`.
@@ -222,8 +222,9 @@ class SCConfig:
         generator: where counterfactual texts come from. `diffusion`: the paper's latent diffusion. Its ablations:
             `feature` rotates the text itself; `vqvae` quantises the rotated latent; `pair_swap` exchanges sounds or
             pictures between clips; `audio_replacement` takes sounds of `data.replaced_audio`, else of other clips of
-            the batch; `text_revision` takes `data.captions`. `dropout` (random features set to zero) and `residual` (the sound
-            orthogonal to the picture as a negative of vision and sound) are from a third-party summary of the paper.
+            the batch; `text_revision` takes `data.captions`. `dropout` (random features set to zero) and `residual`
+            (the sound orthogonal to the picture as a negative of vision and sound) are from a third-party summary of
+            the paper.
         latent: `linear`, a learned projection to `dim`, or `identity` *(ours; the paper names no autoencoder)*.
         latent_norm: `layer`, norm sqrt(dim), so that the schedule's signal-to-noise ratio holds, or `unit` *(ours)*.
         blocks: of dimensions that are rotated each by itself *(ours)*.
@@ -325,8 +326,10 @@ class CDCLConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """The training objective beside segmentation: parts, and weights of Eq. 19 *(paper)*."""
+    """The training objective beside segmentation: parts, and weights of Eq. 19 *(paper)*. Not `enabled`, there is none,
+    whatever its parts say: the paper's baseline."""
 
+    enabled: bool = True
     mit: MITConfig = field(default_factory=MITConfig)
     sc: SCConfig = field(default_factory=SCConfig)
     cdcl: CDCLConfig = field(default_factory=CDCLConfig)
@@ -336,15 +339,14 @@ class ObjectiveConfig:
     al: float = 0.3
     vl: float = 0.3
 
-    @property
-    def enabled(self) -> bool:
-        return self.mit.enabled or self.cdcl.enabled
-
     def check(self, key: str = "objective") -> None:
         """Raise ValueError, naming the key, where fields contradict one another or are out of range."""
+        if not self.enabled:
+            return
         mit, sc, cdcl = self.mit, self.sc, self.cdcl
-        _require(mit.enabled or not sc.enabled, f"{key}.sc.enabled", "false where mit.enabled is false: counterfactuals "
-                 "are made of texts", True)
+        _require(mit.enabled or cdcl.enabled, f"{key}.enabled", "false where neither mit nor cdcl are", True)
+        _require(mit.enabled or not sc.enabled, f"{key}.sc.enabled",
+                 "false where mit.enabled is false: counterfactuals are made of texts", True)
         _require(mit.enabled or not cdcl.enabled or set(cdcl.pairs) <= {"va"}, f"{key}.cdcl.pairs",
                  "[va] where mit.enabled is false", cdcl.pairs)
         _require(mit.enabled or cdcl.positives == "diag" or not cdcl.enabled, f"{key}.cdcl.positives",

@@ -91,7 +91,8 @@ class Decoder(nn.Module):
             queries = queries + self.read(queries, read, read)
         if supervised is None:
             return Decoded(*self._masks(queries, levels, pixels, all_heads), pixels, own)
-        masks, classes = self._masks(queries[supervised], [x[supervised] for x in levels], pixels[supervised], all_heads)
+        wanted = queries[supervised], [x[supervised] for x in levels], pixels[supervised]
+        masks, classes = self._masks(*wanted, all_heads)
         with torch.no_grad():
             if len(supervised) == len(pixels):
                 foreground = self._foreground(masks[-1:], classes)

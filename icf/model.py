@@ -56,14 +56,16 @@ class ICF(nn.Module):
         self.context = VisualContext(channels[2:], context.levels, context.dim, context.literal_product)
         self.pixel_decoder = PixelDecoder(channels, decoder.dim, decoder.pixel_layers, decoder.pixel_ffn, decoder.heads,
                                           decoder.points)
+        objective = objective if objective is not None and objective.enabled else None
         self.injected = objective is not None and objective.mit.enabled and objective.mit.inject == "cross_attention"
         self.decoder = Decoder(AUDIO_DIM, decoder.dim, decoder.layers, decoder.ffn, decoder.heads, decoder.queries,
                                decoder.query_mode, decoder.audio_keys, None if self.dense else model.classes,
                                objective.mit.dim if self.injected else None)
         self.objective = None
-        if objective is not None and objective.enabled and (self.injected or not inference):
-            if objective.cdcl.enabled and decoder.query_mode == "learnable":
-                raise ValueError("model.decoder.query_mode: expected one that hears for objective.cdcl, got 'learnable'")
+        if objective is not None and (self.injected or not inference):
+            if objective.cdcl.enabled and not self.decoder.hear:
+                raise ValueError("model.decoder.query_mode: expected a mode that hears for objective.cdcl, got "
+                                 f"{decoder.query_mode!r}")
             self.objective = ICFObjective(
                 decoder.dim, decoder.dim, objective, map_dims=channels[2:], sound_dim=AUDIO_DIM, attended=("segment",),
                 context_dim=context.dim, literal_product=context.literal_product, inference=inference)

@@ -1,4 +1,4 @@
-"""`ICFObjective`: implicit text (MIT), counterfactuals (SC) and contrast (CDCL) for any audio-visual segmentation model."""
+"""`ICFObjective`: implicit text (MIT), counterfactuals (SC) and contrast (CDCL) for any model that segments sound."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -56,8 +56,8 @@ class ICFObjective(nn.Module):
         map_dims, sound_dim = map_dims or [visual_dim], sound_dim or audio_dim
         self.levels = self.mit = self.sc = self.cdcl = None
         if mit.enabled:
-            self.levels = LevelFeatures(map_dims, mit.dim, mit.levels, attended, context_dim, literal_product, mit.parts,
-                                        mit.stride)
+            self.levels = LevelFeatures(map_dims, mit.dim, mit.levels, attended, context_dim, literal_product,
+                                        mit.parts, mit.stride)
             self.mit = MIT(mit, sound_dim, None if inference else build_towers(mit))
         if sc.enabled and sc.generator in GENERATORS and not inference:
             self.sc = SC(sc, mit.dim, sum(map_dims))
@@ -162,12 +162,12 @@ def build_towers(config: MITConfig) -> dict[str, nn.Module]:
     specs = {level: config.frame if level == "frame" else config.video for level in config.levels}
     specs["audio"] = config.audio
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    keys = {"frame": "frame", "audio": "audio"}
+    keys = {"frame": "frame", "video": "video", "segment": "video", "audio": "audio"}
     built: dict[str, nn.Module] = {}
     for level, spec in specs.items():
         if spec not in built:
             kind, _, weights = spec.partition(":")
-            built[spec] = text_tower(kind, weights or "default", dtype=dtype, key=f"objective.mit.{keys.get(level, 'video')}")
+            built[spec] = text_tower(kind, weights or "default", dtype, f"objective.mit.{keys[level]}")
     return {level: built[spec] for level, spec in specs.items()}
 
 

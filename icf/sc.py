@@ -1,4 +1,4 @@
-"""Semantic counterfactuals, Eq. 6-12: texts rotated away from what is said, in the latent space of a diffusion model."""
+"""Semantic counterfactuals, Eq. 6-12: texts rotated away from what is said, in the latent space of a diffusion."""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple

@@ -22,8 +22,8 @@ T = 5
 
 
 def settings(mit=(), sc=(), cdcl=(), **top) -> ObjectiveConfig:
-    return ObjectiveConfig(MITConfig(**{**HASH, "texts": 6, **dict(mit)}), SCConfig(**{**SMALL_SC, **dict(sc)}),
-                           CDCLConfig(**{"dim": 16, **dict(cdcl)}), **top)
+    return ObjectiveConfig(mit=MITConfig(**{**HASH, "texts": 6, **dict(mit)}), sc=SCConfig(**{**SMALL_SC, **dict(sc)}),
+                           cdcl=CDCLConfig(**{"dim": 16, **dict(cdcl)}), **top)
 
 
 def features(b=4, steps=T, seed=0):
@@ -411,7 +411,8 @@ def test_replaced_sounds_and_captions_are_heard():
 @pytest.mark.parametrize(("change", "key"), [
     (dict(mit={"enabled": False}), "sc.enabled"), (dict(mit={"enabled": False}, sc={"enabled": False}), "cdcl.pairs"),
     (dict(sc={"enabled": False}), "cdcl.text_negatives"), (dict(sc={"keep": 9}), "sc.keep"),
-    (dict(sc={"start": 205}), "sc.start"), (dict(sc={"start": 2000}), "sc.start"), (dict(sc={"blocks": 3}), "sc.blocks"),
+    (dict(sc={"start": 205}), "sc.start"), (dict(sc={"start": 2000}), "sc.start"),
+    (dict(sc={"blocks": 3}), "sc.blocks"),
     (dict(sc={"alpha": (0.8, 0.7)}), "sc.alpha"), (dict(mit={"levels": ()}), "mit.levels"),
     (dict(cdcl={"tau": 0.0}), "cdcl.tau"), (dict(sc={"enabled": False}, cdcl={"enabled": False}), "mit.inject")])
 def test_contradictions_are_named(change, key):
