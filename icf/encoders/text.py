@@ -118,7 +118,8 @@ class TextTower(nn.Module):
             if not slot_len or len(places) != slot_len:
                 raise ValueError(f"template: expected {SLOT!r} to be a word of its own in {text!r} and to be known to "
                                  f"the tokeniser, which finds {len(places)} for a slot of {slot_len}")
-            self._prompts[key] = torch.tensor([ids], device=device), torch.tensor(places, device=device)
+            with torch.inference_mode(False):                               # kept for training also
+                self._prompts[key] = torch.tensor([ids], device=device), torch.tensor(places, device=device)
         return self._prompts[key]
 
 
