@@ -36,7 +36,7 @@ class ICF(nn.Module):
 
     Raises:
         ValueError: settings that contradict each other, or weights that do not fit.
-        FileNotFoundError, RuntimeError: weights that are missing, or cannot be fetched.
+        FileNotFoundError, ConnectionError: weights that are missing, or cannot be fetched.
     """
 
     def __init__(self, model: ModelConfig, loss: LossConfig | None = None,

@@ -41,8 +41,8 @@ class ICFObjective(nn.Module):
         inference: only what a model with `mit.inject` needs at test time.
 
     Raises:
-        ValueError: settings that contradict each other, or text towers that do not fit.
-        ImportError, RuntimeError: towers or libraries that are missing.
+        ValueError: settings that contradict each other, text towers that do not fit, a package that is missing.
+        FileNotFoundError, ConnectionError: weights of text towers that are missing, or cannot be fetched.
     """
 
     def __init__(self, visual_dim: int, audio_dim: int, config: ObjectiveConfig | None = None, *,

@@ -21,7 +21,7 @@ class VGGish(nn.Module):
 
     Raises:
         ValueError: `width` other than 1 with weights, or a file of another network.
-        FileNotFoundError, RuntimeError: weights that are missing, or cannot be fetched.
+        FileNotFoundError, ConnectionError: weights that are missing, or cannot be fetched.
     """
 
     def __init__(self, weights: str = "download", width: float = 1.0, train: bool = False):
@@ -61,7 +61,7 @@ class VGGish(nn.Module):
             try:
                 state = torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
             except Exception as error:
-                raise RuntimeError(f"model.audio.weights: could not fetch {URL} ({first_line(error)}); give a local "
+                raise ConnectionError(f"model.audio.weights: could not fetch {URL} ({first_line(error)}); give a local "
                                    "vggish-10086976.pth, or 'none' for a random start") from error
         else:
             state = read_weights("model.audio.weights", weights)

@@ -25,7 +25,7 @@ class VisualEncoder(nn.Module):
 
     Raises:
         ValueError: unknown model, one without these strides, or a file that does not fit it.
-        FileNotFoundError, RuntimeError: weights that are missing, or cannot be fetched.
+        FileNotFoundError, ConnectionError: weights that are missing, or cannot be fetched.
     """
 
     def __init__(self, name: str, weights: str = "imagenet", freeze_norm: bool = True):
@@ -69,7 +69,7 @@ def _create(name: str, weights: str) -> nn.Module:
         try:
             return timm.create_model(name, pretrained=True, **options)
         except Exception as error:
-            raise RuntimeError(f"model.visual.weights: timm could not fetch the ImageNet weights of {name} "
+            raise ConnectionError(f"model.visual.weights: timm could not fetch the ImageNet weights of {name} "
                                f"({first_line(error)}); give a local file, or 'none' for a random start") from error
     state = read_weights("model.visual.weights", weights)
     try:

@@ -144,8 +144,8 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
         raise OSError("no network\nsecond line")
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
     monkeypatch.setattr("timm.create_model", offline)
-    with pytest.raises(RuntimeError, match="model.audio.weights: could not fetch .*no network.*local") as audio:
+    with pytest.raises(ConnectionError, match="model.audio.weights: could not fetch .*no network.*local") as audio:
         VGGish("download")
-    with pytest.raises(RuntimeError, match="model.visual.weights: .*no network.*local file") as visual:
+    with pytest.raises(ConnectionError, match="model.visual.weights: .*no network.*local file") as visual:
         VisualEncoder("resnet10t", "imagenet")
     assert "\n" not in str(audio.value) + str(visual.value)
