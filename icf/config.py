@@ -184,6 +184,8 @@ class MITConfig:
         slot_len: learned vectors per pseudo-word *(ours)*.
         match: `st_top1`, the best match with a straight-through gradient *(ours)*; `hard`, gradient to the chosen text
             alone; `mean`, Eq. 3 as printed, whose mean over all texts selects nothing.
+        centre: compare features and texts without what all features, and all texts, of a level share *(ours)*. Prompts
+            of one template are alike, and so are features of one encoder: as printed, all clips match one text.
         match_tau: temperature of the straight-through gradient *(ours)*.
         fuse: weight of a text in Eq. 4: `query`, a learned query against the text; `level_scalar`, one number a level.
         z_mode: composite text `per_frame`, or `pooled` over the clip, which makes its Gaussian a point.
@@ -204,6 +206,7 @@ class MITConfig:
     texts: int = 15
     slot_len: int = 1
     match: Literal["st_top1", "hard", "mean"] = "st_top1"
+    centre: bool = True
     match_tau: float = 0.07
     fuse: Literal["query", "level_scalar"] = "query"
     z_mode: Literal["per_frame", "pooled"] = "per_frame"
@@ -241,6 +244,8 @@ class SCConfig:
         ortho: Eq. 10: `target`, the denoised cosine at its constructed value, and a hinge that keeps the mean degree
             above `min_degree` *(ours)*; `paper`, as printed, whose minimum is no rotation at all; `off`.
         lambda_z, lambda_ortho: Eq. 10 and 11 *(paper)*.
+        symmetric: take off a counterfactual what noising and denoising alone do to its text *(ours)*. Without it,
+            contrast learns to tell denoised texts from others.
         grad: of the contrast into the sampler: its `last_step`, `none`, `full`.
         detach_z: the text is not trained to be easily denoised *(ours)*.
         width, layers, heads: of the denoiser.
@@ -270,6 +275,7 @@ class SCConfig:
     min_degree: float = 0.35
     lambda_z: float = 0.8
     lambda_ortho: float = 1.0
+    symmetric: bool = True
     grad: Literal["last_step", "none", "full"] = "last_step"
     detach_z: bool = True
     width: int = 256

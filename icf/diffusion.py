@@ -26,7 +26,8 @@ class Diffusion(nn.Module):
         try:
             from diffusers import DDIMScheduler
         except ImportError as error:
-            raise ValueError(f"sc.generator=diffusion needs the package diffusers ({error}): pip install 'icf[train]'") from error
+            raise ValueError(f"sc.generator=diffusion needs the package diffusers ({error}); pip install 'icf[train]'"
+                             ) from error
         low, high = (0.00085, 0.012) if beta == "scaled_linear" else (1e-4, 0.02)
         self.start, stride = start, start // ddim_steps
         self.schedule = DDIMScheduler(steps, low, high, beta_schedule=beta, clip_sample=False, set_alpha_to_one=True)

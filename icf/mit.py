@@ -12,6 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from icf.config import MITConfig
 
+MOMENTUM = 0.1      # of the features' running means
 TEMPLATES = {"video": "a video of *", "segment": "a segment of *", "frame": "a frame of *", "audio": "an audio of *"}
 
 
@@ -61,6 +62,7 @@ class MIT(nn.Module):
         self.slots = nn.ParameterDict({level: _slots(tower, config) for level, tower in (towers or {}).items()})
         for level in (*self.levels, "audio"):
             self.register_buffer(f"texts_{level}", torch.zeros(config.texts, dim))
+            self.register_buffer(f"mean_{level}", torch.zeros(dim))
         self.register_state_dict_post_hook(_without_towers)
         self.register_load_state_dict_post_hook(_towers_are_not_missed)
         self.hear = nn.Linear(audio_dim, dim)
@@ -80,10 +82,12 @@ class MIT(nn.Module):
             frame_mask: [B,T] bool, real seconds; None: all are.
         """
         texts = self.texts()
-        matches = [self._match(features[level], texts[level])[0] for level in self.levels]
-        visual = self._fuse(matches, member)                                                    # [B, T, D]
         heard = F.normalize(self.hear(audio), dim=-1)
-        audio_text, index = self._match(heard, texts["audio"])                                  # [B, T, D], [B, T]
+        real = member.any(1).split([features[level].shape[1] for level in self.levels], 1)      # [B or 1, n] each
+        matches = [self._match(features[level], texts[level], level, r)[0]
+                   for level, r in zip(self.levels, real, strict=True)]
+        visual = self._fuse(matches, member)                                                    # [B, T, D]
+        audio_text, index = self._match(heard, texts["audio"], "audio", frame_mask)  # [B, T, D], [B, T]
         z = self.composite(visual, audio_text)
         if self.config.z_mode == "pooled":
             z = _mean(z, frame_mask)
@@ -91,7 +95,7 @@ class MIT(nn.Module):
 
     def hearing(self, audio: Tensor) -> Tensor:
         """The audio text of sounds [..,T,audio_dim] outside the batch: [..,T,D]."""
-        return self._match(F.normalize(self.hear(audio), dim=-1), self.kept["audio"])[0]
+        return self._match(F.normalize(self.hear(audio), dim=-1), self.kept["audio"], "audio")[0]
 
     def composite(self, visual: Tensor, audio: Tensor) -> Tensor:
         """Eq. 5: gated visual and audio text [..,D] to one text [..,D]."""
@@ -114,9 +118,16 @@ class MIT(nn.Module):
         """The texts of the last training step."""
         return {level: getattr(self, f"texts_{level}") for level in (*self.levels, "audio")}
 
-    def _match(self, features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Best match of features [B,N,D] among texts [k,D], Eq. 3: [B,N,D] and which, [B,N]."""
-        similarity = features @ texts.T                                                         # [B, N, k]
+    def _match(self, features: Tensor, texts: Tensor, level: str, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Best match of features [B,N,D] among texts [k,D], Eq. 3: [B,N,D] and which, [B,N]; real: [B or 1,N]."""
+        if self.config.centre:
+            mean = getattr(self, f"mean_{level}")
+            if self.training:
+                _follow(mean, features.detach().float(), real)
+            compared = F.normalize(features - mean, dim=-1), F.normalize(texts - texts.mean(0), dim=-1)
+        else:
+            compared = features, texts
+        similarity = compared[0] @ compared[1].T                                                # [B, N, k]
         index = similarity.argmax(-1)
         if self.config.match == "mean":
             return texts.mean(0).expand_as(features), index
@@ -157,6 +168,13 @@ def _without_towers(module: MIT, state: dict, prefix: str, _) -> None:
 
 def _towers_are_not_missed(module: MIT, keys) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if ".towers." not in f".{name}"]
+
+
+@torch.no_grad()
+def _follow(mean: Tensor, x: Tensor, real: Tensor | None) -> None:
+    """Move a running mean [D] towards that of x [B,N,D]; the first one is taken as it is."""
+    weight = torch.ones_like(x[..., :1]) if real is None else real[..., None].expand(len(x), -1, 1).to(x.dtype)
+    mean.lerp_((x * weight).sum((0, 1)) / weight.sum(), torch.where(mean.any(), MOMENTUM, 1.0))
 
 
 def _slots(tower: nn.Module, config: MITConfig) -> nn.Parameter:

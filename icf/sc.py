@@ -93,7 +93,8 @@ class SC(nn.Module):
         noise = torch.randn_like(source)                # one for all candidates: noise added is the noise removed
         noised = diffusion.add_noise(source, noise, config.start - 1)
         rho, alpha = self.degree(noised, weight)                                                # [B, M, T, blocks]
-        losses = self._diffusion_losses(source, rho[:, :1], seen, frame_mask, weight)
+        # The degree is constant here, or it would shrink until nothing is rotated, which is easiest to denoise.
+        losses = self._diffusion_losses(source, rho[:, :1].detach(), seen, frame_mask, weight)
         losses |= self._degree_loss(noised, rho, weight, losses.pop("target", 0))
         if config.latent == "linear":
             losses["rec"] = _average(1 - F.cosine_similarity(self._decode(clean), z, -1), weight)
@@ -105,8 +106,13 @@ class SC(nn.Module):
             rotated = diffusion.add_noise(rotated, noise[:, None].expand_as(rotated), config.start - 1)
         else:
             rotated = rotate(noised, rho)                                                       # [B, M, T, L]
-        latents = diffusion.denoise(rotated, seen, frame_mask, config.grad)
-        return self._keep(self._decode(latents), z, rho, alpha, weight, losses, {"degree": rho.mean().detach()})
+        if config.symmetric:                            # one more candidate, which is not rotated
+            same = noised[:, None]
+            texts = self._decode(diffusion.denoise(torch.cat([same, rotated], 1), seen, frame_mask, config.grad))
+            texts = z[:, None] + texts[:, 1:] - texts[:, :1]
+        else:
+            texts = self._decode(diffusion.denoise(rotated, seen, frame_mask, config.grad))
+        return self._keep(texts, z, rho, alpha, weight, losses, {"degree": rho.mean().detach()})
 
     def _diffusion_losses(self, clean, rho, seen, frame_mask, weight) -> dict[str, Tensor]:
         """Of the denoiser, at a random step: the noise it finds in the clean and the rotated text, and, as the target

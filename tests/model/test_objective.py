@@ -84,7 +84,7 @@ def test_text_of_each_second(match, fuse):
 
 
 def test_best_match_is_the_nearest_text_and_every_pseudo_word_can_learn():
-    mit, levels = make_mit()
+    mit, levels = make_mit(centre=False)
     visual, audio = features()
     text = mit(*levels([visual]), audio)
     heard = F.normalize(mit.hear(audio), dim=-1)
@@ -93,6 +93,26 @@ def test_best_match_is_the_nearest_text_and_every_pseudo_word_can_learn():
     for level, slots in mit.slots.items():
         assert (slots.grad.flatten(1).abs().amax(1) > 0).all(), level
     assert all(p.grad is None for p in mit.towers.parameters())
+
+
+def test_what_all_sounds_share_does_not_decide_the_match():
+    """Sounds with much in common: as printed they all match one text, without that they spread."""
+    torch.manual_seed(1)
+    audio = torch.full((16, 1, 7), 3.0) + torch.randn(16, T, 7)
+    chosen = {}
+    for centre in (False, True):
+        mit, levels = make_mit(centre=centre, texts=15)
+        chosen[centre] = len(mit(*levels([features(16)[0]]), audio).index.unique())
+    assert chosen[True] > 2 * chosen[False]
+
+
+def test_running_means_leave_padding_out():
+    visual, audio = features(2)
+    mask = prefix_mask(5, 3)
+    (mit, levels), disturbed = make_mit(), torch.where(mask[..., None], audio, 1e3)
+    mit(*levels([visual], mask), disturbed, mask)
+    real = F.normalize(mit.hear(audio), dim=-1)[mask].mean(0)
+    torch.testing.assert_close(mit.mean_audio, real)
 
 
 def test_fusion_weighs_what_speaks_of_a_second():
@@ -212,6 +232,15 @@ def test_kept_candidates_are_the_closest(monkeypatch):
     cosine = F.cosine_similarity(kept[0], z[:, None], dim=-1).mean(-1).sort(1, descending=True).values
     chosen = F.cosine_similarity(cf.texts, z[:, None], dim=-1).mean(-1)
     torch.testing.assert_close(chosen, cosine[:, :3])
+
+
+def test_a_counterfactual_differs_by_its_rotation_alone():
+    """An unrotated candidate is the text itself, whatever the untrained autoencoder and denoiser make of it."""
+    z, seen = torch.randn(3, T, 24), torch.randn(3, T, 12)
+    for symmetric in (True, False):
+        sc = make_sc(symmetric=symmetric, alpha=(0.0, 0.0), ortho="off")
+        distance = (sc(z, seen).texts - z[:, None]).norm(dim=-1).max()
+        assert (distance < 0.1) == symmetric                                # the degree is at least 1e-4
 
 
 def test_printed_orthogonality_is_least_without_rotation():
