@@ -184,8 +184,9 @@ class MITConfig:
         slot_len: learned vectors per pseudo-word *(ours)*.
         match: `st_top1`, the best match with a straight-through gradient *(ours)*; `hard`, gradient to the chosen text
             alone; `mean`, Eq. 3 as printed, whose mean over all texts selects nothing.
-        centre: compare features and texts without what all features, and all texts, of a level share *(ours)*. Prompts
-            of one template are alike, and so are features of one encoder: as printed, all clips match one text.
+        standardise: compare a feature with a text by how much closer they are than features usually are to that text,
+            in standard deviations *(ours)*. Prompts of one template are alike, and so are features of one encoder: as
+            printed, nearly all sounds match one text.
         match_tau: temperature of the straight-through gradient *(ours)*.
         fuse: weight of a text in Eq. 4: `query`, a learned query against the text; `level_scalar`, one number a level.
         z_mode: composite text `per_frame`, or `pooled` over the clip, which makes its Gaussian a point.
@@ -206,7 +207,7 @@ class MITConfig:
     texts: int = 15
     slot_len: int = 1
     match: Literal["st_top1", "hard", "mean"] = "st_top1"
-    centre: bool = True
+    standardise: bool = True
     match_tau: float = 0.07
     fuse: Literal["query", "level_scalar"] = "query"
     z_mode: Literal["per_frame", "pooled"] = "per_frame"
