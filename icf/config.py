@@ -305,6 +305,8 @@ class CDCLConfig:
         text_negatives: counterfactuals (`cf`), or texts of other clips (`batch`), which stand in where there is no SC.
         weights: of counterfactuals, by their degree (`rho`) or by `alpha` alone.
         weight_sum: `one`, as printed: all negatives weigh as one; `keep`: each as one.
+        features: `after` the decoder's interaction of sight and sound *(paper)*, or `before` it, where neither holds
+            anything of the other, so that the contrast cannot be met by copying.
         visual_pool: vision is averaged where the model sees a foreground (`mask`), or everywhere (`gap`).
         gather: contrast with the clips of all processes.
     """
@@ -327,6 +329,7 @@ class CDCLConfig:
     text_negatives: Literal["cf", "batch"] = "cf"
     weights: Literal["rho", "alpha"] = "rho"
     weight_sum: Literal["one", "keep"] = "one"
+    features: Literal["after", "before"] = "after"
     visual_pool: Literal["mask", "gap"] = "mask"
     gather: bool = True
 
