@@ -114,7 +114,7 @@ def evaluate(args: list[str]) -> None:
 
 def export(args: list[str]) -> None:
     own = argparse.ArgumentParser(prog="icf export", description="Write what inference needs of a run folder or "
-                                  "weights file: no text tower, diffusion or contrast. `predict` and `evaluate` read it.")
+                                  "weights file: no text tower, diffusion, contrast. `predict` and `evaluate` read it.")
     own.add_argument("run", type=Path)
     own.add_argument("file", type=Path, help=".safetensors")
     options = own.parse_args(args)

@@ -302,7 +302,8 @@ class CDCLConfig:
             but the clip itself (`diag`).
         theta, theta_low: see there.
         no_negatives: a clip that all others are positives of repels them nonetheless (`diag`), or is left out (`skip`).
-        text_negatives: counterfactuals (`cf`), or texts of other clips (`batch`), which stand in where there is no SC.
+        text_negatives: counterfactuals (`cf`) *(paper)*, texts of other clips (`batch`), which stand in where there is
+            no SC, or `both`: against its own counterfactuals alone, a text may be the same for all clips.
         weights: of counterfactuals, by their degree (`rho`) or by `alpha` alone.
         weight_sum: `one`, as printed: all negatives weigh as one; `keep`: each as one.
         features: `after` the decoder's interaction of sight and sound *(paper)*, or `before` it, where neither holds
@@ -326,7 +327,7 @@ class CDCLConfig:
     theta: float = 0.9
     theta_low: float = 0.6
     no_negatives: Literal["diag", "skip"] = "diag"
-    text_negatives: Literal["cf", "batch"] = "cf"
+    text_negatives: Literal["cf", "batch", "both"] = "cf"
     weights: Literal["rho", "alpha"] = "rho"
     weight_sum: Literal["one", "keep"] = "one"
     features: Literal["after", "before"] = "after"
