@@ -63,7 +63,42 @@ __attribute__((target("avx2"))) void philox_block_avx2(uint64_t seed, uint64_t r
   }
 }
 
-const auto philox_words_of = __builtin_cpu_supports("avx2") ? philox_block_avx2 : philox_block;
+// The same with 512 bits, of which a third operand of xor comes for nothing.
+__attribute__((target("avx512f"))) void philox_block_avx512(uint64_t seed, uint64_t row, uint32_t first,
+                                                            int64_t counters, Words& w) {
+  const __m512i m0 = _mm512_set1_epi64(0xD2511F53u), m1 = _mm512_set1_epi64(0xCD9E8D57u);
+  for (int64_t q = 0; q < counters; q += 16) {
+    __m512i c[2][4];
+    for (int odd = 0; odd < 2; ++odd) {
+      const __m512i step = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+      c[odd][0] = _mm512_add_epi64(_mm512_set1_epi64(int64_t(first) + q + odd), step);
+      c[odd][1] = _mm512_set1_epi64(uint32_t(row));
+      c[odd][2] = _mm512_set1_epi64(row >> 32);
+      c[odd][3] = _mm512_setzero_si512();
+    }
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+#pragma GCC unroll 7
+    for (int round = 0; round < 7; ++round) {
+      for (auto& x : c) {
+        const __m512i p0 = _mm512_mul_epu32(x[0], m0), p1 = _mm512_mul_epu32(x[2], m1);
+        x[0] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), x[1], _mm512_set1_epi64(k0), 0x96);
+        x[1] = p1;
+        x[2] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), x[3], _mm512_set1_epi64(k1), 0x96);
+        x[3] = p0;
+      }
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512i words = _mm512_mask_blend_epi32(0xAAAA, c[0][i], _mm512_slli_epi64(c[1][i], 32));
+      _mm512_storeu_si512(w[i] + q, words);
+    }
+  }
+}
+
+const auto philox_words_of = __builtin_cpu_supports("avx512f") ? philox_block_avx512
+                             : __builtin_cpu_supports("avx2")  ? philox_block_avx2
+                                                               : philox_block;
 #else
 const auto philox_words_of = philox_block;
 #endif
@@ -109,20 +144,15 @@ ICF_INLINE void project_noise(const A* noise, const A* z, A* p, uint64_t index, 
   } else {
     fill_noise(p, o.d, o.seed, index, o.kind);
   }
-  A pp = 0, pz = 0;
-#pragma omp simd reduction(+ : pp, pz)
-  for (int64_t j = 0; j < o.d; ++j) {
-    pp += p[j] * p[j];
-    pz += p[j] * z[j];
-  }
+  A pp, pz;
+  dot_both(p, p, z, o.d, pp, pz);
   if (o.kind == kGiven && rescale(p, pp, o.d) != 1) pz = dot(p, z, o.d);
   row.kappa = 0;
   row.rr = pp;
   if (needs_projection(row.zz, pz, pp)) {
     row.kappa = pz / row.zz;
     for (int64_t j = 0; j < o.d; ++j) p[j] -= row.kappa * z[j];
-    pp = dot(p, p, o.d);
-    pz = dot(p, z, o.d);
+    dot_both(p, p, z, o.d, pp, pz);
   }
   row.pp = pp;
   row.pz = pz;
@@ -153,12 +183,8 @@ ICF_SIMD void backward_rows(const T* grad, const T* z, const A* ratio, const A* 
       const int64_t index = (i / o.inner * o.shared + k) * o.inner + i % o.inner;
       project_noise(noise, zs, p, index, o, row);
       convert(grad + index * o.d, g, o.d);
-      A gz = 0, gp = 0, g_coef, z_coef, p_coef;
-#pragma omp simd reduction(+ : gz, gp)
-      for (int64_t j = 0; j < o.d; ++j) {
-        gz += g[j] * zs[j];
-        gp += g[j] * p[j];
-      }
+      A gz, gp, g_coef, z_coef, p_coef;
+      dot_both(g, zs, p, o.d, gz, gp);
       blend_backward(row, ratio[index], o.restore_norm, gz, gp, g_coef, z_coef, p_coef, grad_ratio[index]);
 #pragma omp simd
       for (int64_t j = 0; j < o.d; ++j) sum[j] += g_coef * g[j] + z_coef * zs[j] + p_coef * p[j];
@@ -203,7 +229,7 @@ Tensor forward(const Tensor& z, const Tensor& ratio, const Tensor& noise, std::v
   const Options o = check(z, ratio, noise, options);
   std::vector<int64_t> shape(ratio.sizes().begin(), ratio.sizes().end());
   shape.push_back(o.d);
-  Tensor out = torch::stable::new_empty(z, shape);
+  Tensor out = new_result(z, shape, z.scalar_type());
   dispatch_floating(z.scalar_type(), "orthogonal_blend", [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
@@ -224,6 +250,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const T
   STD_TORCH_CHECK(grad.numel() == ratio.numel() * o.d && grad.scalar_type() == z.scalar_type(),
                   "grad must be of the shape of the result and of the dtype of z");
   Tensor grad_z = torch::stable::empty_like(z), grad_ratio = torch::stable::empty_like(ratio);
+  prefer_huge_pages(grad_z);
   dispatch_floating(z.scalar_type(), "orthogonal_blend_backward", [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
@@ -242,7 +269,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const T
 Tensor philox_noise(const Tensor& seed, std::vector<int64_t> shape, int64_t kind) {
   STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == torch::headeronly::ScalarType::Long && !shape.empty(),
                   "seed must be an int64 tensor of one element, and shape not empty");
-  Tensor out = torch::stable::new_empty(seed, shape, torch::headeronly::ScalarType::Float);
+  Tensor out = new_result(seed, shape, torch::headeronly::ScalarType::Float);
   const int64_t d = shape.back(), rows = d ? out.numel() / d : 0;
   torch::stable::parallel_for(0, rows, kGrain / (d + 1) + 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(padded(d));

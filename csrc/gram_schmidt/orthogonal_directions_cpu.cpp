@@ -79,7 +79,7 @@ Tensor directions(const Tensor& z, const Tensor& seed, int64_t k) {
                   "seed must be an int64 tensor of one element");
   std::vector<int64_t> shape(z.sizes().begin(), z.sizes().end());
   shape.insert(shape.end() - 1, k);
-  Tensor out = torch::stable::new_empty(z, shape);
+  Tensor out = new_result(z, shape, z.scalar_type());
   const uint64_t key = uint64_t(*seed.const_data_ptr<int64_t>());
   dispatch_floating(z.scalar_type(), "orthogonal_directions", [&](auto zero) {
     using T = decltype(zero);

@@ -2,7 +2,7 @@
 import torch
 
 from .._common import backend as backends
-from .._common.library import define, kernel
+from .._common.library import call, define
 
 TRITON = "icf_kernels.gram_schmidt.triton"
 WIDEST = {"cuda": 1024, "triton": 8192}  # elements of a row, which the blend holds in registers
@@ -35,7 +35,7 @@ def _blend_setup(ctx, inputs, output):
 
 
 def _blend_backward(ctx, backend, grad):
-    grads = kernel("orthogonal_blend_backward", backend)(grad.contiguous(), *ctx.saved_tensors, ctx.options)
+    grads = call("orthogonal_blend_backward", backend, grad.contiguous(), *ctx.saved_tensors, ctx.options)
     return *grads, None, None
 
 
@@ -46,7 +46,7 @@ def _gram_schmidt_setup(ctx, inputs, output):
 
 
 def _gram_schmidt_backward(ctx, backend, grad, _):
-    grad = kernel("gram_schmidt_backward", backend)(grad.contiguous(), *ctx.saved_tensors)
+    grad = call("gram_schmidt_backward", backend, grad.contiguous(), *ctx.saved_tensors)
     return grad.to(ctx.dtype), None, None, None
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from .._common.backend import choose
-from .._common.library import kernel
+from .._common.library import call
 from . import ops, reference
 
 SPECTRAL = ("plain", "smooth", "entropic", "eps")
@@ -55,7 +55,7 @@ def gaussian_w2(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tens
     if chosen == "reference":
         return reference.gaussian_w2(*args)
     polar = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    return kernel("gaussian_w2", chosen)(*(a.contiguous() if isinstance(a, Tensor) else a for a in args), polar)[:3]
+    return call("gaussian_w2", chosen, *(a.contiguous() if isinstance(a, Tensor) else a for a in args), polar)[:3]
 
 
 def _distances(x, y, x_mask, y_mask, spectral, regularization, eps, backend):
