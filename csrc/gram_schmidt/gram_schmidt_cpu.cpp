@@ -23,7 +23,7 @@ ICF_INLINE void dot_tile(const A* rows, const A* q, int64_t width, A* out, int64
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) out[r * stride + c] = sum_of(sum[r][c]);
+    for (int c = 0; c < C; ++c) out[r * stride + c] = sum_of<A>(sum[r][c]);
   }
 }
 
@@ -140,7 +140,7 @@ template <typename From, typename To>
 void copy_rows(const From* from, int64_t from_width, To* to, int64_t to_width, int64_t rows) {
   const int64_t d = std::min(from_width, to_width);
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < d; ++j) to[i * to_width + j] = To(from[i * from_width + j]);
+    std::copy_n(from + i * from_width, d, to + i * to_width);
     std::fill(to + i * to_width + d, to + (i + 1) * to_width, To(0));
   }
 }

@@ -53,12 +53,14 @@ ICF_INLINE Vec<A> load(const A* x) {
   return v;
 }
 
-template <typename V>
-ICF_INLINE auto sum_of(const V& v) {
-  auto total = v[0];
-#pragma GCC unroll 8
-  for (size_t i = 1; i < sizeof(V) / sizeof(total); ++i) total += v[i];
-  return total;
+template <typename A>
+ICF_INLINE A sum_of(const Vec<A>& v) {  // in halves: one element after the other would wait for each addition
+  typedef A Half __attribute__((vector_size(16)));
+  Half half[2];
+  memcpy(half, &v, sizeof v);
+  half[0] += half[1];
+  if constexpr (sizeof(A) == 8) return half[0][0] + half[0][1];
+  else return (half[0][0] + half[0][2]) + (half[0][1] + half[0][3]);
 }
 
 // x . y and x . z, in four sums each: one would wait for itself.
@@ -79,8 +81,8 @@ ICF_INLINE void dot_both(const A* x, const A* y, const A* z, int64_t d, A& xy, A
     with_y[0] += load(x + j) * load(y + j);
     with_z[0] += load(x + j) * load(z + j);
   }
-  xy = sum_of((with_y[0] + with_y[1]) + (with_y[2] + with_y[3]));
-  xz = sum_of((with_z[0] + with_z[1]) + (with_z[2] + with_z[3]));
+  xy = sum_of<A>((with_y[0] + with_y[1]) + (with_y[2] + with_y[3]));
+  xz = sum_of<A>((with_z[0] + with_z[1]) + (with_z[2] + with_z[3]));
   for (; j < d; ++j) {
     xy += x[j] * y[j];
     xz += x[j] * z[j];
