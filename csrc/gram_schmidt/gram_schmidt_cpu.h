@@ -10,11 +10,6 @@
 
 namespace icf {
 
-constexpr auto wide(torch::headeronly::ScalarType type) {  // the dtype computed in
-  using torch::headeronly::ScalarType;
-  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, torch::headeronly::ScalarType type) {
   Tensor result = torch::stable::new_empty(like, shape, type);
   prefer_huge_pages(result);

@@ -1,4 +1,4 @@
-#include "common/tensor.h"
+#include "gram_schmidt/gram_schmidt_args.h"
 #include "gram_schmidt/gram_schmidt_cpu.h"
 
 #include <algorithm>
@@ -11,12 +11,6 @@ namespace icf {
 namespace {
 
 constexpr int64_t kGrain = 8192;  // elements worth a thread
-
-struct Options {
-  int64_t d, kind, shared, inner;  // output row (i, k, j) belongs to row i * inner + j of z
-  uint64_t seed;
-  bool restore_norm;
-};
 
 int64_t padded(int64_t d) { return (d + 127) / 128 * 128; }  // what fill_noise may write
 
@@ -138,11 +132,11 @@ ICF_INLINE BlendRow<acc_t<T>> load_row(const T* from, acc_t<T>* z, int64_t d) {
 }
 
 template <typename A>
-ICF_INLINE void project_noise(const A* noise, const A* z, A* p, uint64_t index, const Options& o, BlendRow<A>& row) {
+ICF_INLINE void project_noise(const A* noise, const A* z, A* p, uint64_t index, const BlendOptions& o, BlendRow<A>& row) {
   if (o.kind == kGiven) {
     convert(noise + index * o.d, p, o.d);
   } else {
-    fill_noise(p, o.d, o.seed, index, o.kind);
+    fill_noise(p, o.d, uint64_t(*o.seed), index, o.kind);
   }
   A pp, pz;
   dot_both(p, p, z, o.d, pp, pz);
@@ -159,7 +153,7 @@ ICF_INLINE void project_noise(const A* noise, const A* z, A* p, uint64_t index, 
 }
 
 template <typename T, typename A = acc_t<T>>
-ICF_SIMD void forward_rows(const T* z, const A* ratio, const A* noise, T* out, Options o, int64_t begin, int64_t end,
+ICF_SIMD void forward_rows(const T* z, const A* ratio, const A* noise, T* out, BlendOptions o, int64_t begin, int64_t end,
                            A* zs, A* p) {
   for (int64_t i = begin; i < end; ++i) {
     BlendRow<A> row = load_row(z + (i / (o.shared * o.inner) * o.inner + i % o.inner) * o.d, zs, o.d);
@@ -175,7 +169,7 @@ ICF_SIMD void forward_rows(const T* z, const A* ratio, const A* noise, T* out, O
 // Over rows of z, so that each thread adds up the gradients of the rows that it owns.
 template <typename T, typename A = acc_t<T>>
 ICF_SIMD void backward_rows(const T* grad, const T* z, const A* ratio, const A* noise, T* grad_z, A* grad_ratio,
-                            Options o, int64_t begin, int64_t end, A* zs, A* p, A* g, A* sum) {
+                            BlendOptions o, int64_t begin, int64_t end, A* zs, A* p, A* g, A* sum) {
   for (int64_t i = begin; i < end; ++i) {
     BlendRow<A> row = load_row(z + i * o.d, zs, o.d);
     for (int64_t j = 0; j < o.d; ++j) sum[j] = 0;
@@ -203,30 +197,8 @@ ICF_SIMD void noise_rows(T* out, uint64_t seed, int64_t kind, int64_t d, int64_t
   }
 }
 
-Options check(const Tensor& z, const Tensor& ratio, const Tensor& noise, const std::vector<int64_t>& options) {
-  using torch::headeronly::ScalarType;
-  ICF_CHECK_CONTIGUOUS(z);
-  ICF_CHECK_CONTIGUOUS(ratio);
-  ICF_CHECK_CONTIGUOUS(noise);
-  STD_TORCH_CHECK(z.dim() > 0 && options.size() == 4, "z must be [*, d], and options four");
-  const int64_t d = z.size(-1), kind = options[0], shared = options[1], inner = options[2];
-  STD_TORCH_CHECK(shared > 0 && inner > 0 && z.numel() * shared == ratio.numel() * d &&
-                      ratio.numel() % (shared * inner) == 0,
-                  "ratio must have ", shared, " elements per row of z");
-  STD_TORCH_CHECK(ratio.scalar_type() == wide(z.scalar_type()), "ratio must be of the dtype computed in");
-  if (kind == kGiven) {
-    STD_TORCH_CHECK(noise.numel() == ratio.numel() * d && noise.scalar_type() == ratio.scalar_type(),
-                    "noise must be of the shape of the result and of the dtype of ratio");
-    return {d, kind, shared, inner, 0, options[3] != 0};
-  }
-  STD_TORCH_CHECK((kind == kGaussian || kind == kRademacher) && noise.numel() == 1 &&
-                      noise.scalar_type() == ScalarType::Long,
-                  "noise must be a seed, an int64 tensor of one element");
-  return {d, kind, shared, inner, uint64_t(*noise.const_data_ptr<int64_t>()), options[3] != 0};
-}
-
 Tensor forward(const Tensor& z, const Tensor& ratio, const Tensor& noise, std::vector<int64_t> options) {
-  const Options o = check(z, ratio, noise, options);
+  const BlendOptions o = check_blend(z, ratio, noise, options);
   std::vector<int64_t> shape(ratio.sizes().begin(), ratio.sizes().end());
   shape.push_back(o.d);
   Tensor out = new_result(z, shape, z.scalar_type());
@@ -245,10 +217,8 @@ Tensor forward(const Tensor& z, const Tensor& ratio, const Tensor& noise, std::v
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const Tensor& ratio, const Tensor& noise,
                                     std::vector<int64_t> options) {
-  const Options o = check(z, ratio, noise, options);
-  ICF_CHECK_CONTIGUOUS(grad);
-  STD_TORCH_CHECK(grad.numel() == ratio.numel() * o.d && grad.scalar_type() == z.scalar_type(),
-                  "grad must be of the shape of the result and of the dtype of z");
+  const BlendOptions o = check_blend(z, ratio, noise, options);
+  check_blend_grad(grad, z, ratio, o);
   Tensor grad_z = torch::stable::empty_like(z), grad_ratio = torch::stable::empty_like(ratio);
   prefer_huge_pages(grad_z);
   dispatch_floating(z.scalar_type(), "orthogonal_blend_backward", [&](auto zero) {
@@ -267,8 +237,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const T
 }
 
 Tensor philox_noise(const Tensor& seed, std::vector<int64_t> shape, int64_t kind) {
-  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == torch::headeronly::ScalarType::Long && !shape.empty(),
-                  "seed must be an int64 tensor of one element, and shape not empty");
+  check_seed(seed);
+  STD_TORCH_CHECK(!shape.empty(), "shape must not be empty");
   Tensor out = new_result(seed, shape, torch::headeronly::ScalarType::Float);
   const int64_t d = shape.back(), rows = d ? out.numel() / d : 0;
   torch::stable::parallel_for(0, rows, kGrain / (d + 1) + 1, [&](int64_t begin, int64_t end) {

@@ -154,7 +154,8 @@ def orthogonal_directions(
             Hadamard matrix with random signs and reflects one of them into ``z``, in O(k d) and with few random bits;
             ``d`` must be a power of two.
         seed, generator: as in ``orthogonal_blend``.
-        backend: ``"cuda"`` (kind haar), ``"cpp"`` or ``"reference"``; by default the first that can run.
+        backend: ``"cuda"``, ``"cpp"``, ``"triton"`` (kind hadamard) or ``"reference"``; by default the first that can
+            run.
 
     Returns:
         ``[*, k, d]``, of the dtype of ``z``, constants: no gradient reaches ``z``.
