@@ -2,8 +2,8 @@
 
 Against what else computes it: the dense form of POT (`ot`, if installed) and with singular values of root products, and
 the low-rank form with torch.linalg.svd. All versions of a size take turns in one process; the dense ones, a thousand
-times slower, once or twice. extra_info gives the median ratio of each to ours, the growth of peak memory, and the floor:
-matrix products and rotations in FLOP. The growth with B and d is printed last.
+times slower, once or twice. extra_info gives the median ratio of each to ours, the growth of peak memory, and the
+floor: matrix products and rotations in FLOP. The growth with B and d is printed last.
 """
 import math
 import resource

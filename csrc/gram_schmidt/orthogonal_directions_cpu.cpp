@@ -37,8 +37,10 @@ ICF_SIMD void direction_rows(const T* z, T* out, uint64_t seed, int64_t k, int64
     for (int64_t q = 0; q < (d + 127) / 128; ++q) {
       uint32_t word[4];
       philox_words(seed, i, uint32_t(q), 0, word[0], word[1], word[2], word[3]);
-      for (int64_t j = 128 * q; j < std::min(d, 128 * (q + 1)); ++j) {
-        signs[j] = word[j % 128 / 32] >> (j % 32) & 1 ? -size : size;
+      for (int64_t first = 128 * q; first < std::min(d, 128 * (q + 1)); first += 32) {
+        const uint32_t bits = word[first % 128 / 32];
+#pragma omp simd
+        for (int64_t j = 0; j < std::min<int64_t>(32, d - first); ++j) signs[first + j] = bits >> j & 1 ? -size : size;
       }
     }
     for (int64_t j = 0; j < d; ++j) {
