@@ -18,7 +18,7 @@ from .config import Config
 
 CONFIG = "config.yaml"  # the resolved configuration in a run folder
 WEIGHTS = "best.safetensors"  # the name of the best weights in a run folder
-TRAINING_ONLY = "objective.", "auxiliary."  # parameters that a model built for inference does without
+TRAINING_ONLY = "objective."  # parameters that a model built for inference does without
 STATES = "checkpoints"  # where a run folder keeps its training states, one folder a step
 
 

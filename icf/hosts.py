@@ -16,7 +16,7 @@ from icf.config import DecoderConfig, LossConfig, ModelConfig, ObjectiveConfig
 from icf.encoders.audio import OUT as AUDIO_DIM
 from icf.encoders.audio import VGGish
 from icf.encoders.visual import VisualEncoder
-from icf.losses import Losses, class_losses, dense_losses
+from icf.losses import IGNORE, Losses, class_losses, dense_losses
 from icf.model import Packing, background
 from icf.objective import ICFObjective
 from icf.pixel_decoder import PixelDecoder
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from icf.data import Batch
 
 MIX = 0.1
-"""Weight of AVSegFormer's auxiliary masks *(AVSegFormer)*."""
+"""Weight of the dice loss of the mask that a host's features themselves are *(AVSegFormer)*."""
 
 
 class Interaction(NamedTuple):
@@ -36,7 +36,7 @@ class Interaction(NamedTuple):
         visual: [M,C,h,w], the finest map after the interaction with sound.
         maps: coarse ones [M,C,..], to which text is matched.
         audio: [M,D], the sound of each frame after the interaction.
-        mix: [P,M,K,H,W] logits of auxiliary masks; None where there are none.
+        mix: [M,1,h,w] logits of the foreground that are trained besides; None where there are none.
     """
 
     logits: Tensor
@@ -62,7 +62,7 @@ class Host(nn.Module):
         super().__init__()
         loss, objective = loss or LossConfig(), objective if objective is not None and objective.enabled else None
         _check(model, loss, objective)
-        self.classes, self.inference, self.deep_supervision = model.classes, inference, loss.deep_supervision
+        self.classes, self.inference = model.classes, inference
         self.weights = {"bce": loss.bce, "dice": loss.dice, "focal": loss.focal, "ce": 1.0, "mix": MIX}
         self.visual = VisualEncoder(model.visual.name, model.visual.weights if pretrained else "none",
                                     model.visual.freeze_norm)
@@ -108,8 +108,8 @@ class Host(nn.Module):
         losses = dense_losses if self.classes == 1 else class_losses
         terms = losses(found.logits[None, wanted], masks)
         if found.mix is not None:
-            mix = losses(found.mix[:, wanted], masks)
-            terms["mix"] = sum(self.weights[name] * value for name, value in mix.items())
+            known = masks.clamp(max=1).where(masks != IGNORE, masks)
+            terms["mix"] = dense_losses(found.mix[None, wanted], known)["dice"]
         return Losses(sum(self.weights[name] * value for name, value in terms.items()), terms)
 
     def _objective(self, found: Interaction, audio: Tensor, clips: Packing, batch: Batch) -> dict[str, Tensor]:
@@ -199,46 +199,41 @@ class Residual(nn.Module):
 
 
 class AVSegFormer(Host):
-    """AVSegFormer (Gao et al., AAAI 2024): queries of sound read a deformable encoder's memory, sound gates the channels
-    of the mask features, and both are mixed into the mask. What the queries attend to is supervised in every layer.
-
-    The gate acts on the mask features, as in the paper (the public code computes it and leaves it unused). Dropout is
-    left out.
-    """
+    """AVSegFormer (Gao et al., AAAI 2024): queries of sound read a deformable encoder's memory, sound gates the
+    channels of the mask features, and what the queries find there is added to them. Without dropout *(ours)*."""
 
     def build(self, channels: Sequence[int], decoder: DecoderConfig, classes: int) -> int:
-        dim, heads = decoder.dim, decoder.heads
+        dim, heads, ffn, queries = decoder.dim, decoder.heads, decoder.ffn, decoder.queries
         self.pixel_decoder = PixelDecoder(channels, dim, decoder.pixel_layers, decoder.pixel_ffn, heads, decoder.points)
         self.hear = nn.Linear(AUDIO_DIM, dim)
-        self.queries = nn.Parameter(torch.randn(decoder.queries, dim))
-        self.layers = nn.ModuleList(QueryLayer(dim, decoder.ffn, heads) for _ in range(decoder.layers))
+        self.audio_queries, self.queries = (nn.Parameter(torch.randn(queries, dim)) for _ in range(2))
+        self.listen, self.look = (nn.ModuleList(QueryLayer(dim, ffn, heads) for _ in range(decoder.layers))
+                                  for _ in range(2))
         self.gate = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.mix = nn.Sequential(nn.Conv2d(decoder.queries, decoder.ffn, 1), nn.ReLU(),
-                                 nn.Conv2d(decoder.ffn, decoder.ffn, 1), nn.ReLU(), nn.Conv2d(decoder.ffn, dim, 1))
+        self.find = nn.Sequential(nn.Conv2d(queries, ffn, 1), nn.ReLU(), nn.Conv2d(ffn, ffn, 1), nn.ReLU(),
+                                  nn.Conv2d(ffn, dim, 1))
         self.head = _mask_head(dim, classes, 4)
-        if self.deep_supervision and not self.inference:
-            self.auxiliary = AttendedMasks(dim, classes)
         return dim
 
     def interact(self, maps: Sequence[Tensor], audio: Tensor, clips: Packing, frames: Tensor) -> Interaction:
         pixels, levels = self.pixel_decoder([x[clips.find(frames)] for x in maps])
         memory = torch.cat([x.flatten(2).transpose(1, 2) for x in levels], 1)                           # [M, S, C]
         own = self.hear(audio.flatten(0, 1)[frames, None])                                              # [M, 1, C]
-        supervised = self.training and self.deep_supervision
-        queries, attended = own + self.queries, []
-        for layer in self.layers:
-            queries, weights = layer(queries, memory, supervised)                                       # [M, Q, C]
-            if supervised:
-                attended.append(queries.transpose(1, 2) @ weights)                                      # [M, C, S]
-        gate = self.gate(own, *2 * [pixels.flatten(2).transpose(1, 2)], need_weights=False)[0].sigmoid()
+        queries = self.audio_queries.expand(len(own), -1, -1)                                           # [M, Q, C]
+        for layer in self.listen:
+            queries = layer(queries, own)
+        queries = queries + self.queries
+        for layer in self.look:
+            queries = layer(queries, memory)
+        tokens = pixels.flatten(2).transpose(1, 2)
+        gate = self.gate(own, tokens, tokens, need_weights=False)[0].sigmoid()                          # [M, 1, C]
         pixels = pixels * gate.transpose(1, 2)[..., None]
-        masks = torch.einsum("mqc,mchw->mqhw", queries, pixels)
-        mix = self.auxiliary(torch.stack(attended), [x.shape[2:] for x in levels]) if supervised else None
-        return Interaction(self.head(pixels + self.mix(masks)), pixels, levels[1:], queries.mean(1), mix)
+        found = self.find(torch.einsum("mqc,mchw->mqhw", queries, pixels))
+        return Interaction(self.head(pixels + found), pixels, levels[1:], queries.mean(1), pixels.mean(1, keepdim=True))
 
 
 class QueryLayer(nn.Module):
-    """Self-attention of queries, their attention to the memory, and a feed-forward network; LayerNorm after each."""
+    """Self-attention of queries, their attention to a memory, and a feed-forward network; LayerNorm after each."""
 
     def __init__(self, dim: int, ffn: int, heads: int):
         super().__init__()
@@ -247,34 +242,17 @@ class QueryLayer(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(), nn.Linear(ffn, dim))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
-    def forward(self, queries: Tensor, memory: Tensor, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-        """queries: [M,Q,C]; memory: [M,S,C] -> queries, and where they attended to, [M,Q,S], the mean of the heads."""
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """queries: [M,Q,C]; memory: [M,S,C] -> queries."""
         queries = self.norm1(queries + self.self_attention(queries, queries, queries, need_weights=False)[0])
-        read, weights = self.cross_attention(queries, memory, memory, need_weights=need_weights)
-        queries = self.norm2(queries + read)
-        return self.norm3(queries + self.ffn(queries)), weights
-
-
-class AttendedMasks(nn.Module):
-    """Masks of what queries attended to, for the auxiliary loss: a small pyramid over strides 32, 16, 8 to 4."""
-
-    def __init__(self, dim: int, classes: int):
-        super().__init__()
-        self.convs = nn.ModuleList(_conv(dim, dim) for _ in range(3))
-        self.head = _mask_head(dim, classes, 4)
-
-    def forward(self, attended: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """attended: [P,M,C,S], the queries laid out over the pixels of strides 8, 16, 32 -> logits [P,M,K,H,W]."""
-        parts = attended.flatten(0, 1).split([h * w for h, w in shapes], 2)
-        fine, middle, coarse = (x.unflatten(2, shape) for x, shape in zip(parts, shapes, strict=True))
-        x = self.convs[0](_double(coarse)) + middle
-        x = self.convs[1](_double(x)) + fine
-        return self.head(self.convs[2](_double(x))).unflatten(0, attended.shape[:2])
+        queries = self.norm2(queries + self.cross_attention(queries, memory, memory, need_weights=False)[0])
+        return self.norm3(queries + self.ffn(queries))
 
 
 def _check(model: ModelConfig, loss: LossConfig, objective: ObjectiveConfig | None) -> None:
     if model.decoder.head == "mask2former":
-        raise ValueError(f"model.decoder.head: expected auto or dense for model.network={model.network}, got mask2former")
+        raise ValueError(f"model.decoder.head: expected auto or dense for model.network={model.network}, got "
+                         "mask2former")
     if loss.preset == "combo":
         raise ValueError(f"loss.preset: combo weighs matched masks, model.network={model.network} has none")
     if objective is not None and objective.mit.enabled and objective.mit.inject != "none":
