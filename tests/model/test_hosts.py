@@ -161,6 +161,16 @@ def test_total_is_the_published_sum(host, loss, parts, classes, make_batch):
     assert ("mix" in losses.terms) == ("mix" in parts)
 
 
+def test_the_foreground_of_classes_trains_the_features_of_avsegformer(make_batch):
+    """All that is not background, whatever its class; unknown pixels stay unknown."""
+    model, batch = make("avsegformer", classes=7), make_batch(classes=7)
+    model.train().visual.eval()
+    batch.masks[0, 0, :32] = 255
+    mix = model(batch).terms["mix"]
+    batch.masks[(batch.masks > 0) & (batch.masks < 255)] = 3
+    assert torch.equal(model(batch).terms["mix"], mix)
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_masks_of_unlabelled_frames_do_not_matter(host, make_batch):
     model, batch = make(host, True), make_batch(labels=1)
