@@ -71,6 +71,10 @@ def train(args: list[str]) -> None:
     own = command("train [PRESET]", "Train a model, evaluate it on the test split and write a report.",
                   f"PRESET is a YAML file or one of: {', '.join(presets())}. The default is {DEFAULT_PRESET}.")
     own.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    own.add_argument("--with-icf", action="store_true", help="--objective.enabled true, and -icf after the name of the "
+                     "preset's run folder: the objective for models that come without it, as toy-tpavi")
+    with_icf = "--with-icf" in args
+    args = [*args, *(["--objective.enabled=true"] if with_icf else [])]
 
     def base(options) -> str:
         if options.resume is None:
@@ -82,6 +86,8 @@ def train(args: list[str]) -> None:
     options, cfg = parse(own, args, base)
     from .train import train as run
     cfg.out = options.resume or cfg.out
+    if with_icf and not options.resume and not any(arg.startswith("--out") for arg in args):
+        cfg.out = cfg.out.with_name(f"{cfg.out.name}-icf")
     run(cfg, resume=options.resume is not None)
 
 

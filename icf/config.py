@@ -157,13 +157,20 @@ class LossConfig:
 
 @dataclass
 class ModelConfig:
-    """The network. `classes`: 1 for a single foreground (S4, MS3), else all classes with background (AVSS: 71)."""
+    """The network.
+
+    Args:
+        classes: 1 for a single foreground (S4, MS3), else all classes with background (AVSS: 71).
+        network: `icf`, or a model of others to which the objective may be added (Table 3): `tpavi`, AVSBench's, or
+            `avsegformer`. Of `decoder`, TPAVI takes `dim`, AVSegFormer the sizes; `context` is that of the objective.
+    """
 
     classes: int = 1
     visual: VisualConfig = field(default_factory=VisualConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    network: Literal["icf", "tpavi", "avsegformer"] = "icf"
 
 
 @dataclass
