@@ -100,16 +100,21 @@ def measure(room):
     return found
 
 
+def one_line_each(text):
+    """JSON with every object that holds no other on a line of its own."""
+    return re.sub(r"\{[^{}]*\}", lambda flat: re.sub(r"\s*\n\s*", " ", flat[0]), text)
+
+
 def main(rooms):
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     made_by = dict(commit=output("git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12").strip(),
-                   nvcc=re.search(r"release .*", output("nvcc", "--version"))[0], triton=triton.__version__,
-                   ptxas_of_triton={f"sm_{arch}": get_ptxas(arch).version for arch in ARCHS},
+                   nvcc_version=re.search(r"release .*", output("nvcc", "--version"))[0],
+                   triton_version=triton.__version__, ptxas_of_triton={f"sm_{arch}": get_ptxas(arch).version for arch in ARCHS},
                    command=" ".join(["python benchmarks/cubin_stats.py", *rooms]))
     for room in rooms or sorted({room for room, _ in operators()}):
         known[room] = {**made_by, **measure(room)}
         RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(known, indent=1) + "\n")
+        RESULT.write_text(one_line_each(json.dumps(known, indent=1)) + "\n")
 
 
 if __name__ == "__main__":
