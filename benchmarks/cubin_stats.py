@@ -109,7 +109,8 @@ def main(rooms):
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     made_by = dict(commit=output("git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12").strip(),
                    nvcc_version=re.search(r"release .*", output("nvcc", "--version"))[0],
-                   triton_version=triton.__version__, ptxas_of_triton={f"sm_{arch}": get_ptxas(arch).version for arch in ARCHS},
+                   triton_version=triton.__version__,
+                   ptxas_of_triton={f"sm_{arch}": get_ptxas(arch).version for arch in ARCHS},
                    command=" ".join(["python benchmarks/cubin_stats.py", *rooms]))
     for room in rooms or sorted({room for room, _ in operators()}):
         known[room] = {**made_by, **measure(room)}
