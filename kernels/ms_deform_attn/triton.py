@@ -9,12 +9,8 @@ from torch import Tensor
 from .._common.backend import INTERPRET
 
 TILE = 16384 if INTERPRET else 1024  # queries times channels; the interpreter pays for programs, not for elements
-PIXELS, PIXEL_QUERIES, PIXEL_CHANNELS = (256, 64, 128) if INTERPRET else (64, 32, 64)  # where a program owns pixels
-
-
-@triton.jit
-def _sum_type(value_ptr):
-    return tl.float64 if value_ptr.dtype.element_ty == tl.float64 else tl.float32
+FORWARD_PARTS, BACKWARD_PARTS = (1, 2), (2, 8)  # into which it is divided, in float32 and in float64
+PIXELS, PIXEL_QUERIES, PIXEL_CHANNELS = (256, 64, 4096) if INTERPRET else (64, 32, 64)  # where a program owns pixels
 
 
 @triton.jit
@@ -98,9 +94,8 @@ def _queries(pid, Q, M, BLOCK_Q: tl.constexpr):
 @triton.jit
 def _fwd_kernel(value_ptr, levels_ptr, reference_ptr, coordinates_ptr, weights_ptr, out_ptr, Q, M, D,
                 value_b, value_s, value_m, reference_b, reference_q, reference_l, coordinates_b, coordinates_q,
-                weights_b, weights_q, R: tl.constexpr, L: tl.constexpr, P: tl.constexpr, BLOCK_Q: tl.constexpr,
-                BLOCK_D: tl.constexpr):
-    ACC: tl.constexpr = _sum_type(value_ptr)
+                weights_b, weights_q, ACC: tl.constexpr, R: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+                BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
     b, m, q = _queries(tl.program_id(0), Q, M, BLOCK_Q)
     active, c = q < Q, tl.arange(0, BLOCK_D)
     value = value_ptr + b * value_b + m * value_m
@@ -124,10 +119,9 @@ def _fwd_kernel(value_ptr, levels_ptr, reference_ptr, coordinates_ptr, weights_p
 def _bwd_kernel(grad_ptr, value_ptr, levels_ptr, reference_ptr, coordinates_ptr, weights_ptr, grad_value_ptr,
                 share_ptr, grad_coordinates_ptr, raw_ptr, grad_weights_ptr, softmax_ptr, S, Q, M, D,
                 value_b, value_s, value_m, reference_b, reference_q, reference_l, coordinates_b, coordinates_q,
-                weights_b, weights_q, ATOMIC: tl.constexpr, R: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
-                BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
+                weights_b, weights_q, ATOMIC: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+                P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
     """All gradients but, where not ATOMIC, that of value. raw holds those of the softmax's results in between."""
-    ACC: tl.constexpr = _sum_type(value_ptr)
     b, m, q = _queries(tl.program_id(0), Q, M, BLOCK_Q)
     active, c = q < Q, tl.arange(0, BLOCK_D)
     value = value_ptr + b * value_b + m * value_m
@@ -189,10 +183,9 @@ def _bwd_kernel(grad_ptr, value_ptr, levels_ptr, reference_ptr, coordinates_ptr,
 @triton.jit
 def _pixels_kernel(grad_ptr, levels_ptr, reference_ptr, coordinates_ptr, weights_ptr, softmax_ptr, grad_value_ptr,
                    S, Q, M, D, reference_b, reference_q, reference_l, coordinates_b, coordinates_q, weights_b,
-                   weights_q, R: tl.constexpr, L: tl.constexpr, P: tl.constexpr, BLOCK_S: tl.constexpr,
-                   BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
+                   weights_q, ACC: tl.constexpr, R: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+                   BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
     """The gradient of value without atomics: a program owns pixels and looks at all queries, in order."""
-    ACC: tl.constexpr = _sum_type(softmax_ptr)
     b, m, pixel = _queries(tl.program_id(0), S, M, BLOCK_S)
     c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_S, BLOCK_D), ACC)
@@ -229,10 +222,10 @@ def _levels(sizes, device):
                         device=device)
 
 
-def _tile(D):
-    """Queries and channels of a program."""
+def _tile(D, parts=1):
+    """Queries and channels of a program, for `parts` times the registers per element."""
     width = max(triton.next_power_of_2(D), 16)
-    return max(TILE // width, 1), width
+    return max(TILE // width // parts, 1), width
 
 
 def _points(value, sizes, reference, coordinates, weights):
@@ -241,15 +234,15 @@ def _points(value, sizes, reference, coordinates, weights):
     tensors = levels, levels if reference is None else reference, coordinates, weights
     strides = (*((0, 0, 0) if reference is None else reference.stride()[:3]), *coordinates.stride()[:2],
                *weights.stride()[:2])
-    return tensors, strides, dict(R=0 if reference is None else reference.shape[-1], L=len(sizes) // 2,
-                                  P=weights.shape[-1])
+    return tensors, strides, dict(ACC=tl.float64 if value.dtype == torch.float64 else tl.float32, L=len(sizes) // 2,
+                                  R=0 if reference is None else reference.shape[-1], P=weights.shape[-1])
 
 
 def _forward(value, sizes, reference, coordinates, weights):
     B, Q, M, D = *weights.shape[:3], value.shape[3]
     out = value.new_empty(B, Q, M * D)
     tensors, strides, constants = _points(value, sizes, reference, coordinates, weights)
-    BLOCK_Q, BLOCK_D = _tile(D)
+    BLOCK_Q, BLOCK_D = _tile(D, FORWARD_PARTS[value.dtype == torch.float64])
     if out.numel():
         _fwd_kernel[(B * M * triton.cdiv(Q, BLOCK_Q),)](
             value, *tensors, out, Q, M, D, *value.stride()[:3], *strides, **constants, BLOCK_Q=BLOCK_Q, BLOCK_D=BLOCK_D)
@@ -266,7 +259,7 @@ def _backward(grad, value, sizes, reference, coordinates, weights, deterministic
     raw = grad_weights if reference is None or weights.dtype == wide else weights.new_empty(weights.shape, dtype=wide)
     shares = value.new_empty((B, M, Q, len(sizes) // 2, constants["R"]), dtype=wide)
     softmax = value.new_empty((B, M, Q, 2 if reference is not None else 0), dtype=wide)
-    BLOCK_Q, BLOCK_D = _tile(D)
+    BLOCK_Q, BLOCK_D = _tile(D, BACKWARD_PARTS[value.dtype == torch.float64])
     if B and Q and n:
         _bwd_kernel[(B * M * triton.cdiv(Q, BLOCK_Q),)](
             grad, value, *tensors, sums, shares, grad_coordinates, raw, grad_weights, softmax, S, Q, M, D,
@@ -307,19 +300,19 @@ def _aot():
     for value, points, R, D in (("fp32", "fp32", 0, 32), ("fp32", "fp32", 2, 32), ("bf16", "bf16", 2, 32),
                                 ("fp16", "fp32", 4, 30), ("fp64", "fp64", 4, 71)):
         value, points, wide = f"*{value}", f"*{points}", "*fp64" if value == "fp64" else "*fp32"
-        BLOCK_Q, BLOCK_D = _tile(D)
         inputs = dict(levels_ptr="*i32", reference_ptr=wide, coordinates_ptr=points, weights_ptr=points)
-        constants = dict(R=R, L=3, P=4)
-        blocks = constants | dict(BLOCK_Q=BLOCK_Q, BLOCK_D=BLOCK_D)
-        yield _fwd_kernel, dict(value_ptr=value, **inputs, out_ptr=value, **counts, **maps, **strides), blocks
+        constants = dict(ACC=tl.float64 if wide == "*fp64" else tl.float32, R=R, L=3, P=4)
+        tiles = (_tile(D, parts[wide == "*fp64"]) for parts in (FORWARD_PARTS, BACKWARD_PARTS))
+        forward, backward = (constants | dict(BLOCK_Q=queries, BLOCK_D=channels) for queries, channels in tiles)
+        yield _fwd_kernel, dict(value_ptr=value, **inputs, out_ptr=value, **counts, **maps, **strides), forward
         for atomic in (True, False):
             yield _bwd_kernel, dict(
                 grad_ptr=value, value_ptr=value, **inputs, grad_value_ptr=wide if atomic else value, share_ptr=wide,
                 grad_coordinates_ptr=points, raw_ptr=wide if R else points, grad_weights_ptr=points, softmax_ptr=wide,
-                S="i32", **counts, **maps, **strides), dict(ATOMIC=atomic) | blocks
+                S="i32", **counts, **maps, **strides), dict(ATOMIC=atomic) | backward
         yield _pixels_kernel, dict(grad_ptr=value, **inputs, softmax_ptr=wide, grad_value_ptr=value, S="i32", **counts,
                                    **strides), constants | dict(BLOCK_S=PIXELS, BLOCK_Q=PIXEL_QUERIES,
-                                                                BLOCK_D=min(BLOCK_D, PIXEL_CHANNELS))
+                                                                BLOCK_D=min(forward["BLOCK_D"], PIXEL_CHANNELS))
 
 
 AOT = [*_aot()]  # compiled by the tests without a GPU: kernel, types of its arguments, compile-time constants

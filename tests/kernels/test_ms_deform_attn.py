@@ -12,7 +12,15 @@ from torch.nn.functional import grid_sample, linear
 
 from icf.ops import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
 from icf_kernels._common.backend import INTERPRET
-from icf_kernels._common.testing import Calls, assert_as_accurate, forward_backward, module, require_grad, why_not
+from icf_kernels._common.testing import (
+    Calls,
+    assert_as_accurate,
+    forward_backward,
+    module,
+    operator_function,
+    require_grad,
+    why_not,
+)
 from icf_kernels.ms_deform_attn import reference
 from icf_kernels.ms_deform_attn.cases import make_inputs
 
@@ -294,6 +302,19 @@ def test_same_bits_in_deterministic_mode(backend):
             for _ in range(3)]
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
     torch.testing.assert_close(runs[0], runs[2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_gradients_where_determinism_is_not_asked_for(backend, fused):
+    """On a map so large that CUDA adds atomically."""
+    args = make_inputs((2, 9, 1, 8, 2, 50, 60, "apart"), torch.float32, DEVICES[backend], fused)
+    name = "ms_deform_attn_fused" if fused else "ms_deform_attn"
+    runs = []
+    for deterministic in (True, False):
+        torch.use_deterministic_algorithms(deterministic)
+        runs.append(forward_backward(operator_function("ms_deform_attn", name, "api", backend=backend), args,
+                                     torch.float32))
+    torch.testing.assert_close(*runs)
 
 
 def test_images_may_be_more_than_2_to_the_31_elements_apart(tmp_path):
