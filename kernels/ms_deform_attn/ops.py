@@ -60,7 +60,7 @@ def _define(op, arguments):
     def fake_backward(grad, value, sizes, *rest):
         return tuple(tensor.new_empty(tensor.shape) for tensor in (value, *rest[:-1]))
 
-    inputs = ", ".join(["Tensor value", "int[] sizes", *(f"Tensor {name}" for name in arguments)])
+    inputs = ", ".join(["Tensor value", "SymInt[] sizes", *(f"Tensor {name}" for name in arguments)])
     gradients = ", ".join(["Tensor"] * (1 + len(arguments)))
     define(op, f"({inputs}) -> Tensor", triton=TRITON, fake=fake, backward=backward,
            setup_context=setup_context)

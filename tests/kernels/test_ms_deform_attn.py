@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import grid_sample, linear
 
 from icf.ops import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
@@ -411,6 +412,23 @@ def test_layer_compiles_and_exports():
     expected = layer(*args)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(*args), expected)
     torch.testing.assert_close(torch.export.export(layer, args).module()(*args), expected)
+
+
+def test_shapes_in_a_tensor_compile_once_for_all_sizes():
+    value, _, _, locations, weights = inputs()
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def attend(value, locations, weights, shapes):
+        return ms_deform_attn(value, shapes, None, locations, weights)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for sizes in (SIZES, [(5, 6), (4, 3), (1, 4)]):
+        args = value, locations, weights, torch.tensor(sizes)
+        torch.testing.assert_close(*(forward_backward(f, args, torch.float32) for f in (compiled, attend)))
+    assert counter.frame_count == 1
+    with pytest.raises(RuntimeError, match="46"):
+        compiled(value, locations, weights, torch.tensor([(5, 6), (4, 3), (2, 4)]))
 
 
 class Reference(nn.Module):
