@@ -210,6 +210,33 @@ ICF_SIMD void gather(const A* value, const Lanes<A>& lane, const Geometry& g, in
   }
 }
 
+// The same from rows of value where they lie, `stride` apart; zeros is a row of them.
+template <typename T, typename A>
+ICF_SIMD void gather_in_place(const T* value, int64_t stride, const T* zeros, const Lanes<A>& lane, const Geometry& g,
+                              int64_t count, A* out) {
+  for (int64_t k = 0; k < count; ++k, out += g.channels) {
+    std::fill(out, out + g.D, A(0));
+    for (int64_t i = k * g.n; i < (k + 1) * g.n; ++i) {
+      if (lane.row[i] >= g.outside) continue;
+      const Level& level = g.levels[i % g.n / g.P];
+      const int32_t at = lane.row[i] - lane.first[i];  // of the bordered map
+      int32_t rows[4];
+      corner_rows(true, at % lane.pitch[i] - 1, at / lane.pitch[i] - 1, int32_t(level.width), int32_t(level.height),
+                  int32_t(level.start), rows);
+      const T* v0 = rows[0] < 0 ? zeros : value + rows[0] * stride;
+      const T* v1 = rows[1] < 0 ? zeros : value + rows[1] * stride;
+      const T* v2 = rows[2] < 0 ? zeros : value + rows[2] * stride;
+      const T* v3 = rows[3] < 0 ? zeros : value + rows[3] * stride;
+      const A w0 = lane.w[0][i], w1 = lane.w[1][i], w2 = lane.w[2][i], w3 = lane.w[3][i];
+#pragma omp simd
+      for (int64_t c = 0; c < g.D; ++c) {
+        const A top = w0 * A(v0[c]) + w1 * A(v1[c]), bottom = w2 * A(v2[c]) + w3 * A(v3[c]);
+        out[c] += top + bottom;
+      }
+    }
+  }
+}
+
 // d[k][i] += the sum of p[k], for the four corners k.
 template <typename A>
 ICF_INLINE void add_sums(const A (&p)[4][kVector], A* const d[4], int64_t i) {
@@ -373,18 +400,24 @@ void forward_all(const Tensor& value, const Geometry& g, const Inputs<A, L>& in,
   const int64_t heads = g.B * g.M, threads = torch::stable::get_num_threads();
   const int64_t parts = std::clamp<int64_t>(2 * threads / heads, 1, std::max<int64_t>(g.Q / 256, 1));
   const int64_t step = (g.Q + parts - 1) / parts;
+  const bool in_place = 2 * g.Q * g.n < g.S;  // few samples: their four rows are fewer than twice the rows to copy
   const T* data = value.const_data_ptr<T>();
   torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
     const Lanes<A> lane(g);
-    const Buffer<A> slice(g.rows * g.channels), sums(kChunk * g.channels);
+    const Buffer<A> slice(in_place ? 0 : g.rows * g.channels), sums(kChunk * g.channels);
+    const Buffer<T> zeros(in_place ? g.D : 0);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / parts / g.M, m = unit / parts % g.M, first = unit % parts * step;
-      if (unit == begin || unit % parts == 0)
-        pack(data + b * value.stride(0) + m * value.stride(2), value.stride(1), g, slice.get());
+      const T* own = data + b * value.stride(0) + m * value.stride(2);
+      if (!in_place && (unit == begin || unit % parts == 0)) pack(own, value.stride(1), g, slice.get());
       for (int64_t q = first; q < std::min(first + step, g.Q); q += kChunk) {
         const int64_t count = std::min({kChunk, first + step - q, g.Q - q});
         locate(in, g, b, q, m, count, lane);
-        gather(slice.get(), lane, g, count, sums.get());
+        if (in_place) {
+          gather_in_place(own, value.stride(1), zeros.get(), lane, g, count, sums.get());
+        } else {
+          gather(slice.get(), lane, g, count, sums.get());
+        }
         copy_rows(sums.get(), g.channels, out + ((b * g.Q + q) * g.M + m) * g.D, g.M * g.D, count, g.D);
       }
     }
