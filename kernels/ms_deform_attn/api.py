@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._common.backend import choose
-from .._common.library import kernel
+from .._common.library import call
 from . import ops, reference
 
 Shapes = Tensor | Sequence[tuple[int, int]]
@@ -53,7 +53,7 @@ def ms_deform_attn(value: Tensor, spatial_shapes: Shapes, level_start_index: Ten
     if chosen == "reference":
         return reference.ms_deform_attn(value, sizes, None, sampling_locations, attention_weights)
     cast, locations, weights = _types(value, sampling_locations, attention_weights)
-    out = kernel(op, chosen)(cast, sum(sizes, ()), locations, weights)
+    out = call(op, chosen, cast, sum(sizes, ()), locations, weights)
     return out.to(value.dtype)
 
 
@@ -96,7 +96,7 @@ def ms_deform_attn_fused(value: Tensor, spatial_shapes: Shapes, reference_points
     cast, offsets, logits = _types(value, offsets, logits, reference_points)
     points = reference_points.to(torch.promote_types(cast.dtype, torch.float32))  # few, and worth more than 16 bits
     points = _unit_stride(points).expand(B, Q, L, -1)
-    return kernel(op, chosen)(cast, sum(sizes, ()), points, offsets, logits).to(value.dtype)
+    return call(op, chosen, cast, sum(sizes, ()), points, offsets, logits).to(value.dtype)
 
 
 class MSDeformAttn(nn.Module):
