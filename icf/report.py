@@ -345,7 +345,8 @@ def page(results: dict, samples: Sequence[Sample], classes: Sequence[str] = (), 
         clips = "".join(_clip(sample, classes) for sample in samples)
         parts.append(section("Clips", legend(samples, classes) + clips))
     settings = {**counts, **results["settings"]}
-    parts.append(section("Settings", html_table(("setting", "value"), [(key, _text(settings[key])) for key in settings])))
+    rows = [(key, _text(settings[key])) for key in settings]
+    parts.append(section("Settings", html_table(("setting", "value"), rows)))
     return document(title, f"{title}, {counts['clips']} clips, {counts['scored_frames']} scored frames at "
                            f"{results['settings']['resolution']} pixels", parts)
 
@@ -381,8 +382,8 @@ def _cards(results: dict) -> str:
     if "gap" in results:
         cards.append(("Bias gap of J", results["gap"]["J"], "aligned less conflicting"))
     return "<section class=cards>" + "".join(
-        f"<div class=card><span>{escape(name)}</span><strong>{format_value(value)}</strong><small>{escape(mode)}</small>"
-        "</div>" for name, value, mode in cards) + "</section>"
+        f"<div class=card><span>{escape(name)}</span><strong>{format_value(value)}</strong>"
+        f"<small>{escape(mode)}</small></div>" for name, value, mode in cards) + "</section>"
 
 
 def section(title: str, body: str) -> str:
