@@ -1,4 +1,4 @@
-"""The command line: ``icf train | evaluate | predict | compare | data | info``. Parses, then calls one function each."""
+"""The command line: ``icf train | evaluate | predict | compare | data | info``. Parses, then calls a function each."""
 from __future__ import annotations
 
 import argparse
@@ -143,8 +143,8 @@ def compare(args: list[str]) -> None:
     own.add_argument("--names", nargs="+", metavar="NAME", help="what to call the runs (default: their folders)")
     own.add_argument("--out", type=Path, default=Path("compare"), help="folder to write to (default: %(default)s)")
     own.add_argument("--split", choices=("train", "val", "test"), default="test")
-    own.add_argument("--clips", type=int, default=64, metavar="N", help="look at so many clips (default: %(default)s)")
-    own.add_argument("--rows", type=int, default=8, metavar="N", help="of which so many are drawn (default: %(default)s)")
+    own.add_argument("--clips", type=int, default=64, metavar="N", help="clips to look at (default: %(default)s)")
+    own.add_argument("--rows", type=int, default=8, metavar="N", help="of these, to draw (default: %(default)s)")
     own.add_argument("--root", type=Path, help="where the data is (default: where the first run had it)")
     own.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default a GPU if there is one")
     options = vars(own.parse_args(args))

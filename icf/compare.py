@@ -44,6 +44,7 @@ from .report import (
 
 SAME = ("subset", "size", "frames", "audio_source", "audio_timing", "toy")   # of the data, for runs to be comparable
 PERPLEXITY = 30.0
+TAB10_GREY = 7                          # place of the grey in matplotlib's tab10, too close to INK
 NAMED = 24                              # labels that a legend still has room for
 
 
@@ -78,7 +79,6 @@ class Features:
     second: Tensor
 
 
-@torch.no_grad()
 def compare(sources: Sequence[Path], out: Path, *, names: Sequence[str] | None = None, split: str = "test",
             clips: int = 64, rows: int = 8, root: Path | None = None, device: torch.device | str = "cpu",
             progress: bool = True) -> Path:
@@ -173,22 +173,20 @@ def score_table(runs: Sequence[Run], dataset: Dataset) -> str:
 # Features
 
 
-def observe(run: Run, batch: Batch, device: torch.device | str) -> tuple[Prediction, Tensor, Tensor | None]:
-    """A model's prediction and the features behind it, `visual` and `audio` of `Features` for the batch."""
+@torch.no_grad()
+def observe(model: nn.Module, batch: Batch, classes: int,
+            device: torch.device | str) -> tuple[Prediction, Tensor, Tensor | None]:
+    """A model's prediction and the features behind it, `visual` and `audio` of `Features` for the batch; `classes` is
+    0 for binary masks."""
     caught = []
-    handle = run.model.decoder.register_forward_hook(lambda module, args, decoded: caught.append(decoded))
+    handle = model.decoder.register_forward_hook(lambda module, args, decoded: caught.append(decoded))
     try:
-        prediction = model_predictor(run.model, _masks(run), device)(batch)
+        prediction = model_predictor(model, classes, device)(batch)
     finally:
         handle.remove()
     decoded, where = caught[0], probability(prediction).flatten(0, 1)[batch.real.to(prediction.masks.device)]
     audio = None if decoded.audio is None else decoded.audio[:, 0].float().cpu()
     return prediction, pool(decoded.pixels.float(), where).cpu(), audio
-
-
-def _masks(run: Run) -> int:
-    """Number of classes, as data sets count them: 0 for binary masks."""
-    return run.cfg.model.classes if run.cfg.model.classes > 1 else 0
 
 
 def probability(prediction: Prediction) -> Tensor:
@@ -199,18 +197,20 @@ def probability(prediction: Prediction) -> Tensor:
 
 def examine(run: Run, dataset: Subset, device: torch.device | str, progress: bool) -> tuple[Features, list[float]]:
     """The features of all clips, and the J of each."""
-    tally = Tally(len(dataset), dataset.dataset.classes, run.cfg, device)
+    classes = dataset.dataset.classes
+    tally = Tally(len(dataset), classes, run.cfg, device)
     visual, audio, places = [], [], []
     loader = build_loader([dataset], run.cfg)
     for index, (batch,) in track(loader, f"{run.name:>12}", console=Console(stderr=True), disable=not progress):
-        prediction, seen, heard = observe(run, batch, device)
+        prediction, seen, heard = observe(run.model, batch, len(classes), device)
         tally.add(prediction.masks, batch, index)
         steps = batch.frame_mask.shape[1]
         visual.append(seen)
         audio.append(heard)
         places.append(torch.stack([index[batch.real // steps], batch.real % steps]))
     clip, second = torch.cat(places, 1)
-    return Features(torch.cat(visual), None if audio[0] is None else torch.cat(audio), clip, second), tally.per_clip()[0]
+    sound = None if audio[0] is None else torch.cat(audio)
+    return Features(torch.cat(visual), sound, clip, second), tally.per_clip()[0]
 
 
 def sounding(dataset: Dataset, indices: Sequence[int]) -> list[list[frozenset[str]]]:
@@ -250,8 +250,8 @@ def feature_section(names: Sequence[str], features: Sequence[Features], sounds: 
     values = [measures(own, own_labels, across=known) for own, own_labels in zip(features, labels, strict=True)]
     picture = scatter(names, features, labels, values)
     kind = "class" if known else "clip"
-    header = ("run", f"silhouette by {kind}, sight", "sound", f"sound of the same {kind} nearest to sight",
-              "sight nearest to sound", "by chance")
+    header = ("run", f"silhouette by {kind}, sight", f"silhouette by {kind}, sound",
+              f"nearest sound is of the same {kind}", f"nearest sight is of the same {kind}", "by chance")
     return section("Features", note(FEATURES + (BY_CLASS if known else BY_CLIP))
                    + f'<img class=plot alt="t-SNE of the features of {escape(", ".join(names))}" '
                    f'src="{png_uri(picture)}">' + html_table(header, [(name, *row.values()) for name, row in
@@ -317,7 +317,7 @@ def scatter(names: Sequence[str], features: Sequence[Features], labels: Sequence
     from matplotlib.lines import Line2D
 
     shown = sorted({label for own in labels for label in own if label is not None})
-    colors = {label: colormaps["tab10"](i) if len(shown) <= 10 else colormaps["hsv"](i / len(shown))
+    colors = {label: colormaps["tab10"](i) if len(shown) < TAB10_GREY else colormaps["hsv"](i / len(shown))
               for i, label in enumerate(shown)}
     columns = min(len(names), 3)
     lines = -(-len(names) // columns)
@@ -328,15 +328,18 @@ def scatter(names: Sequence[str], features: Sequence[Features], labels: Sequence
         for marker, place in (("o", points[:len(own_labels)]), ("^", points[len(own_labels):])):
             axis.scatter(*place.T, s=14, marker=marker, linewidths=0, alpha=0.8,
                          c=[colors.get(label, INK) for label in own_labels[:len(place)]])
-        tint(axis, name, "silhouette: sight {}, sound {}\nright at rank 1: {} (chance {})".format(
-            *(format_value(numbers[key]) for key in ("sight", "sound", "sight to sound", "chance"))))
+        sight, sound, right, chance = ("-" if numbers[key] is None else f"{numbers[key]:.2f}"
+                                       for key in ("sight", "sound", "sight to sound", "chance"))
+        tint(axis, name, f"silhouette: sight {sight}, sound {sound}\nnearest sound right: {right} (chance {chance})")
         axis.set(xticks=[], yticks=[])
     for axis in axes[len(names):]:
         axis.remove()
-    handles = [Line2D([], [], marker=marker, ls="", color=INK, label=name) for name, marker in
-               (("sight", "o"), ("sound", "^"))]
+    entries = [("sight", "o", INK), ("sound", "^", INK)]
     if len(shown) <= NAMED:
-        handles += [Line2D([], [], marker="s", ls="", color=colors[label], label=label) for label in shown]
+        entries += [(label, "s", colors[label]) for label in shown]
+    if any(label is None for own in labels for label in own):
+        entries.append(("several or none", "s", INK))
+    handles = [Line2D([], [], marker=marker, ls="", color=color, label=label) for label, marker, color in entries]
     figure.legend(handles=handles, loc="outside lower center", ncols=9, fontsize=8, frameon=False, labelcolor=INK)
     return png(figure)
 
@@ -357,7 +360,7 @@ def gallery(runs: Sequence[Run], dataset: Subset, j: np.ndarray, places: Sequenc
     """A table: a row per clip with one of its seconds, a column per run."""
     classes, rows, samples = dataset.dataset.classes, [], []
     for place in places:
-        own, maps, second = look(runs, dataset[place], j[:, place], device)
+        own, maps, second = look(runs, dataset[place], j[:, place], len(classes), device)
         samples.extend(own)
         pictures = strips(own[0], classes)
         cells = [f"<th scope=row>{escape(own[0].name)}<small>second {second}</small></th>",
@@ -375,21 +378,23 @@ def gallery(runs: Sequence[Run], dataset: Subset, j: np.ndarray, places: Sequenc
                      "</tbody></table></div>")
 
 
-def look(runs: Sequence[Run], clip: Clip, j: Sequence[float],
+@torch.no_grad()
+def look(runs: Sequence[Run], clip: Clip, j: Sequence[float], classes: int,
          device: torch.device | str) -> tuple[list[Sample], list[Image.Image], int]:
     """One second of a clip with the prediction of every run, maps of their probability, and which second it is: of the
     labelled ones, that on which the runs' probabilities differ most."""
     batch = collate([clip])
-    seen = [model_predictor(run.model, _masks(run), device)(batch) for run in runs]
+    seen = [model_predictor(run.model, classes, device)(batch) for run in runs]
     maps = torch.stack([probability(prediction)[0, :, 0].cpu() for prediction in seen])       # [runs,T,H,W]
     differ = (maps.amax(0) - maps.amin(0)).mean((1, 2))
     second = int(torch.where(clip.label_mask & clip.frame_mask, differ, -1.0).argmax())
     samples = []
     for run, prediction, score in zip(runs, seen, j, strict=True):
-        masks = prediction.masks if _masks(run) else foreground(prediction.masks, run.cfg.eval.threshold)
+        masks = prediction.masks if classes else foreground(prediction.masks, run.cfg.eval.threshold)
         one = slice(second, second + 1)
-        samples.append(Sample(clip.name, clip.frames[one], clip.log_mel[one], clip.masks[one], clip.label_mask[one],
-                              masks[0, one].to("cpu", torch.uint8), None if np.isnan(score) else float(score), None, ""))
+        samples.append(Sample(
+            clip.name, clip.frames[one], clip.log_mel[one], clip.masks[one], clip.label_mask[one],
+            masks[0, one].to("cpu", torch.uint8), None if np.isnan(score) else float(score), None, ""))
     return samples, [heat(own[second]) for own in maps], second
 
 
@@ -407,15 +412,16 @@ def _image(image: Image.Image, alt: str) -> str:
 
 SCORES = ("Of the whole split, from each run's results.json, in the default modes. FPR is the share of pixels predicted "
           "under a sound that nothing in the picture makes (ideal 0).")
-FEATURES = ("A point per second and modality: the decoder's mask features, averaged where the model sees something that "
-            "sounds, and its sound, both after they have met. Each modality is centred and every vector has length 1; "
-            "distances are cosine distances. The picture is a t-SNE of both modalities together, its axes mean nothing, "
-            "and panels cannot be laid over one another; the numbers below are of all dimensions. ")
+FEATURES = ("A point per second and modality: the decoder's mask features, averaged where the model sees something "
+            "that sounds, and its sound, both after they have met. Each modality is centred and every vector has "
+            "length 1; distances are cosine distances. The picture is a t-SNE of both modalities together: its axes "
+            "mean nothing, and panels cannot be laid over one another. The numbers are of all dimensions. ")
 BY_CLASS = ("Coloured by the one class that is seen and heard in that second; grey where several, none or one off the "
-            "screen sound, and these do not count in the numbers. The nearest second is looked for in other clips.")
-BY_CLIP = "The classes of these clips are not known: coloured by clip. The nearest second may be one of the clip itself."
-GALLERY = ("Of every clip the labelled second on which the runs' probabilities differ most. Below each prediction is the "
-           "probability of the foreground, before the threshold, black for 0 and bright for 1. It is the model's output, "
+            "screen sound, which do not count in the numbers. The nearest second is looked for in other clips.")
+BY_CLIP = ("The classes of these clips are not known: coloured by clip. The nearest second may be one of the clip "
+           "itself.")
+GALLERY = ("Of every clip the labelled second on which the runs' probabilities differ most. Below each prediction is "
+           "the probability of the foreground, before the threshold, black for 0 and bright for 1: the model's output, "
            "not an attention map. J is of the whole clip.")
 STYLE = """
 .gallery td img{display:block;width:100%;min-width:110px;max-width:200px;border-radius:4px;margin-bottom:4px}
