@@ -410,8 +410,8 @@ def _image(image: Image.Image, alt: str) -> str:
     return f'<img loading=lazy alt="{escape(alt)}" src="{jpeg_uri(image)}">'
 
 
-SCORES = ("Of the whole split, from each run's results.json, in the default modes. FPR is the share of pixels predicted "
-          "under a sound that nothing in the picture makes (ideal 0).")
+SCORES = ("Of the whole split, from each run's results.json, in the default modes. FPR is the share of pixels "
+          "predicted under a sound that nothing in the picture makes (ideal 0).")
 FEATURES = ("A point per second and modality: the decoder's mask features, averaged where the model sees something "
             "that sounds, and its sound, both after they have met. Each modality is centred and every vector has "
             "length 1; distances are cosine distances. The picture is a t-SNE of both modalities together: its axes "
