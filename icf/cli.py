@@ -1,4 +1,4 @@
-"""The command line: ``icf train | evaluate | predict | data | info``. Parses, then calls one function each."""
+"""The command line: ``icf train | evaluate | predict | compare | data | info``. Parses, then calls a function each."""
 from __future__ import annotations
 
 import argparse
@@ -20,6 +20,7 @@ USAGE = """usage: icf COMMAND ...
   evaluate RUN         score a run folder or weights file on a data set
   export RUN FILE      write what inference needs of a run, without the training objective
   predict SOURCE       segment what sounds in a video, or in a folder of frames with a wav file
+  compare RUN ...      runs side by side: scores, features, and the clips on which they differ
   data toy FOLDER      write the toy benchmark
   data check ROOT      validate a data set, file by file
   data import ROOT V   add a video, and masks of it, to own labelled clips
@@ -152,6 +153,23 @@ def predict(args: list[str]) -> None:
         overlap=options.overlap, classes=classes or None)
 
 
+def compare(args: list[str]) -> None:
+    own = argparse.ArgumentParser(prog="icf compare", description="Show the same clips to the models of several runs "
+                                  "and write compare.html: scores, t-SNE of the features, predictions side by side.")
+    own.add_argument("sources", type=Path, nargs="+", metavar="RUN", help="run folder or weights file")
+    own.add_argument("--names", nargs="+", metavar="NAME", help="what to call the runs (default: their folders)")
+    own.add_argument("--out", type=Path, default=Path("compare"), help="folder to write to (default: %(default)s)")
+    own.add_argument("--split", choices=("train", "val", "test"), default="test")
+    own.add_argument("--clips", type=int, default=64, metavar="N", help="clips to look at (default: %(default)s)")
+    own.add_argument("--rows", type=int, default=8, metavar="N", help="of these, to draw (default: %(default)s)")
+    own.add_argument("--root", type=Path, help="where the data is (default: where the first run had it)")
+    own.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default a GPU if there is one")
+    options = vars(own.parse_args(args))
+    from .compare import compare as run
+    options["device"] = pick_device(options["device"])
+    print(run(**options))
+
+
 def data(args: list[str]) -> None:
     own = argparse.ArgumentParser(prog="icf data", description="Write the toy benchmark, validate a data set, or add a "
                                   "video to own labelled clips.")
@@ -220,7 +238,8 @@ def info(args: list[str]) -> None:
             print(f"{name} is not installed")
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "predict": predict, "data": data, "info": info}
+COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "predict": predict, "compare": compare,
+            "data": data, "info": info}
 
 
 def command(usage: str, description: str, epilog: str = "") -> argparse.ArgumentParser:

@@ -69,7 +69,7 @@ def test_info_names_versions_libraries_and_every_backend(capsys):
     assert all(expected in out for expected in ("torch 2", "icf_kernels._C ", "timm ", *operators))
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "data", "info"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "compare", "data", "info"])
 def test_help_is_written(command, capsys):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0 and f"usage: icf {command}" in out
