@@ -1,9 +1,10 @@
-"""The command line: ``icf train | evaluate | predict | data | info``. Parses, then calls one function each."""
+"""The command line: ``icf train | evaluate | predict | ablate | data | info``. Parses, then calls one function each."""
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ USAGE = """usage: icf COMMAND ...
   train [PRESET]       train a model, evaluate it on the test split and write a report
   evaluate RUN         score a run folder or weights file on a data set
   predict SOURCE       segment what sounds in a video, or in a folder of frames with a wav file
+  ablate               train the paper's ablations, and set what is measured beside its numbers
   data toy FOLDER      write the toy benchmark
   data check ROOT      validate a data set, file by file
   data import ROOT V   add a video, and masks of it, to own labelled clips
@@ -29,8 +31,12 @@ USAGE = """usage: icf COMMAND ...
 
 def presets() -> dict[str, Path]:
     """The presets that come with the package, by name."""
-    folder = Path(str(files("icf.configs")))
-    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+    return {path.stem: path for path in sorted(Path(str(files("icf.configs"))).glob("*.yaml"))}
+
+
+def ablations() -> dict[str, Path]:
+    """What each ablation changes in the full method, by name: YAML files to be laid over a preset."""
+    return {path.stem: path for path in sorted(Path(str(files("icf.configs")), "ablations").glob("*.yaml"))}
 
 
 def preset_file(name: str) -> str:
@@ -50,9 +56,16 @@ def parse(own: argparse.ArgumentParser, args: list[str], base) -> tuple[argparse
 
     Args:
         own: the parser of the command's own options; a leading argument that is no option becomes its ``target``.
-        base: from the command's own options, the YAML file or text that the configuration starts from, if any. The
-            remaining options of ``args`` (``--train.lr 1e-3``) go on top.
+        base: from the command's own options, the YAML files or texts that the configuration starts from, each laid
+            over those before. The remaining options of ``args`` (``--train.lr 1e-3``) go on top.
     """
+    options, configure = prepare(own, args)
+    return options, configure(base(options))
+
+
+def prepare(own: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Namespace, Callable[..., Config]]:
+    """The command's own options, and a function that gives the configuration of the others, which lie between YAML
+    files or texts ``below`` and, if given, ``above`` them."""
     fields = config_parser(prog=own.prog, usage=argparse.SUPPRESS, exit_on_error=False)
     if {"-h", "--help"} & {*args}:
         own.print_help()
@@ -62,21 +75,28 @@ def parse(own: argparse.ArgumentParser, args: list[str], base) -> tuple[argparse
     target, args = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     options, rest = own.parse_known_args(args)
     options.target = target
-    start = base(options)
-    return options, build_config(fields, fields.parse_args([*(["--config", start] if start else []), *rest]))
+
+    def configure(below: list[str], above: Sequence[str] = ()) -> Config:
+        layers = [*(("--config", x) for x in below), rest, *(("--config", x) for x in above)]
+        return build_config(fields, fields.parse_args([arg for layer in layers for arg in layer]))
+
+    return options, configure
 
 
 def train(args: list[str]) -> None:
     own = command("train [PRESET]", "Train a model, evaluate it on the test split and write a report.",
                   f"PRESET is a YAML file or one of: {', '.join(presets())}. The default is {DEFAULT_PRESET}.")
+    own.add_argument("--ablation", choices=tuple(ablations()), metavar="NAME",
+                     help=f"change the method as in a row of the paper's Table 2: {', '.join(ablations())}")
     own.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
 
-    def base(options) -> str:
+    def base(options) -> list[str]:
         if options.resume is None:
-            return preset_file(options.target or DEFAULT_PRESET)
-        if options.target is not None:
-            raise ValueError(f"train: --resume brings its own configuration; leave out the preset {options.target!r}")
-        return config_of(options.resume)
+            changed = [str(ablations()[options.ablation])] if options.ablation else []
+            return [preset_file(options.target or DEFAULT_PRESET), *changed]
+        if named := options.target or options.ablation:
+            raise ValueError(f"train: --resume brings its own configuration; leave out {named!r}")
+        return [config_of(options.resume)]
 
     options, cfg = parse(own, args, base)
     from .train import train as run
@@ -92,10 +112,10 @@ def evaluate(args: list[str]) -> None:
     own.add_argument("--save-masks", action="store_true", help="write the predicted masks as PNG files")
     own.add_argument("--masks", type=Path, help="score the masks of this folder instead of a model's")
 
-    def base(options) -> str | None:
+    def base(options) -> list[str]:
         if options.target is None and options.masks is None:
             raise ValueError("evaluate: a run folder or weights file is required, as in: icf evaluate runs/toy-s4")
-        return options.target and config_of(Path(options.target))
+        return [config_of(Path(options.target))] if options.target else []
 
     options, cfg = parse(own, args, base)
     if options.target and not any(arg.startswith("--out") for arg in args):  # beside the weights, wherever they are now
@@ -121,10 +141,10 @@ def predict(args: list[str]) -> None:
     own.add_argument("--overlap", type=int, default=0, metavar="SECONDS", help="overlap of neighbouring windows")
     own.add_argument("--silent-ok", action="store_true", help="treat a video without sound as silent")
 
-    def base(options) -> str:
+    def base(options) -> list[str]:
         if options.target is None:
             raise ValueError("predict: a video file or a folder of frames is required, as in: icf predict CLIP.mp4")
-        return config_of(options.weights)
+        return [config_of(options.weights)]
 
     options, cfg = parse(own, args, base)
     from .checkpoint import read_notes
