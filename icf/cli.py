@@ -155,6 +155,31 @@ def predict(args: list[str]) -> None:
         overlap=options.overlap, classes=classes or None)
 
 
+def ablate(args: list[str]) -> None:
+    own = command("ablate", "Train the rows of the paper's Table 2, or the sweeps of its Figure 5, and set what is "
+                  "measured beside its numbers. Runs that are there are not trained again.",
+                  "The fields of the configuration hold for all rows, but for what a row is about.")
+    study = own.add_mutually_exclusive_group()
+    study.add_argument("--table", type=int, choices=(2,), help="components and variants (the default)")
+    study.add_argument("--figure", type=int, choices=(5,), help="sweeps and disturbances")
+    own.add_argument("--base", default="toy-ms3", metavar="PRESET", help="the full method (default: %(default)s)")
+    own.add_argument("--rows", nargs="+", metavar="ROW", help="some only: ablations of the table, as of icf train "
+                     "--ablation, or sweeps of the figure: keep, alpha, start, snr_db, frame_mix")
+    own.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    own.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs and the table "
+                     "(default: %(default)s)")
+    own.add_argument("--report-only", action="store_true", help="write the table of what there is, train nothing")
+    options, configure = prepare(own, args)
+    if options.target is not None:
+        raise ValueError(f"ablate: expected options only, got {options.target!r}; --base names a preset")
+    from .ablate import ablate as run
+    from .ablate import figure_5, table_2
+    plan = figure_5 if options.figure else table_2
+    base = preset_file(options.base)
+    found = plan(lambda name: configure([base], [str(ablations()[name])]), options.rows)
+    run(found, options.seeds, options.out, pick_device(None), options.report_only)
+
+
 def data(args: list[str]) -> None:
     own = argparse.ArgumentParser(prog="icf data", description="Write the toy benchmark, validate a data set, or add a "
                                   "video to own labelled clips.")
@@ -223,7 +248,7 @@ def info(args: list[str]) -> None:
             print(f"{name} is not installed")
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "data": data, "info": info}
+COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "ablate": ablate, "data": data, "info": info}
 
 
 def command(usage: str, description: str, epilog: str = "") -> argparse.ArgumentParser:

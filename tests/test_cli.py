@@ -58,6 +58,10 @@ def test_options_override_files_and_files_override_presets(tmp_path, capsys):
     (["evaluate", "no-such-run"], "no weights at no-such-run"),
     (["predict"], "a video file or a folder of frames is required"),
     (["predict", "clip.mp4", "--weights", "no-such-run"], "no weights at no-such-run"),
+    (["ablate", "toy-ms3"], "--base names a preset"),
+    (["ablate", "--table", "2", "--figure", "5"], "not allowed with argument"),
+    (["ablate", "--rows", "mti"], "rows: expected some of baseline, mit, "),
+    (["ablate", "--figure", "5", "--rows", "mit"], "rows: expected some of keep, alpha, start, snr_db, frame_mix"),
     (["fly"], "no command 'fly'; one of: train"),
 ])
 def test_mistakes_end_in_one_line(args, message, capsys):
@@ -72,7 +76,7 @@ def test_info_names_versions_libraries_and_every_backend(capsys):
     assert all(expected in out for expected in ("torch 2", "icf_kernels._C ", "timm ", *operators))
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "data", "info"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "ablate", "data", "info"])
 def test_help_is_written(command, capsys):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0 and f"usage: icf {command}" in out

@@ -264,11 +264,10 @@ class AVSBench(torch.utils.data.Dataset):
         self._log_mels = Memory(count, (data.frames, 1, 96, 64), torch.float32)
         self._frames = Memory(count, (data.frames, 3, *side), torch.uint8)
         self._masks = Memory(count, (data.frames, *side), torch.uint8)
-        self._replaced, self._sounds, self._captions = Memory(count, (data.frames, 1, 96, 64), torch.float32), None, None
-        if split == "train" and data.replaced_audio is not None:
-            self._sounds = find_replaced(data.replaced_audio, self.names)
-        if split == "train" and data.captions is not None:
-            self._captions = read_captions(data.captions, self.names)
+        training = split == "train"
+        self._captions = read_captions(data.captions, self.names) if training and data.captions else None
+        self._sounds = find_replaced(data.replaced_audio, self.names) if training and data.replaced_audio else None
+        self._replaced = Memory(count if self._sounds else 0, (data.frames, 1, 96, 64), torch.float32)
 
     def _find(self) -> tuple[Path, list[Record], list[str]]:
         """Where the data lie, the clips of all splits with the labels that are used, and the classes."""

@@ -388,7 +388,8 @@ def test_replaced_sounds_and_captions_come_with_training_clips_alone(load, tmp_p
     (lambda folder, names: (folder / "captions.json").write_text(json.dumps({name: "a" for name in names})),
      "data.captions: .* has 'a' for"),
     (lambda folder, names: (folder / "captions.json").write_text(
-        json.dumps({name: ["a"] * (1 + (name == names[2])) for name in names})), "data.captions: .* 1 for .* and 2 for"),
+        json.dumps({name: ["a"] * (1 + (name == names[2])) for name in names})),
+     "data.captions: .* 1 for .* and 2 for"),
 ])
 def test_missing_replacements_are_named(load, tmp_path, damage, message):
     dataset = load("ms3", "train")
