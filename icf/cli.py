@@ -1,4 +1,4 @@
-"""The command line: ``icf train | evaluate | predict | ablate | data | info``. Parses, then calls one function each."""
+"""The command line, ``icf COMMAND``: parses, then calls one function each."""
 from __future__ import annotations
 
 import argparse
@@ -19,6 +19,7 @@ USAGE = """usage: icf COMMAND ...
 
   train [PRESET]       train a model, evaluate it on the test split and write a report
   evaluate RUN         score a run folder or weights file on a data set
+  export RUN FILE      write what inference needs of a run, without the training objective
   predict SOURCE       segment what sounds in a video, or in a folder of frames with a wav file
   ablate               train the paper's ablations, and set what is measured beside its numbers
   data toy FOLDER      write the toy benchmark
@@ -129,6 +130,16 @@ def evaluate(args: list[str]) -> None:
         return
     device = pick_device(options.device)
     run(load(options.target, device), cfg, options.split, cfg.out, device=device, save_masks=options.save_masks)
+
+
+def export(args: list[str]) -> None:
+    own = argparse.ArgumentParser(prog="icf export", description="Write what inference needs of a run folder or "
+                                  "weights file: no text tower, diffusion, contrast. `predict` and `evaluate` read it.")
+    own.add_argument("run", type=Path)
+    own.add_argument("file", type=Path, help=".safetensors")
+    options = own.parse_args(args)
+    from .checkpoint import export as run
+    run(options.run, options.file)
 
 
 def predict(args: list[str]) -> None:
@@ -248,7 +259,8 @@ def info(args: list[str]) -> None:
             print(f"{name} is not installed")
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "ablate": ablate, "data": data, "info": info}
+COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "predict": predict, "ablate": ablate, "data": data,
+            "info": info}
 
 
 def command(usage: str, description: str, epilog: str = "") -> argparse.ArgumentParser:

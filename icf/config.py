@@ -190,8 +190,9 @@ class MITConfig:
         slot_len: learned vectors per pseudo-word *(ours)*.
         match: `st_top1`, the best match with a straight-through gradient *(ours)*; `hard`, gradient to the chosen text
             alone; `mean`, Eq. 3 as printed, whose mean over all texts selects nothing.
-        centre: compare features and texts without what all features, and all texts, of a level share *(ours)*. Prompts
-            of one template are alike, and so are features of one encoder: as printed, all clips match one text.
+        standardise: compare a feature with a text by how much closer they are than features usually are to that text,
+            in standard deviations *(ours)*. Prompts of one template are alike, and so are features of one encoder: as
+            printed, nearly all sounds match one text.
         match_tau: temperature of the straight-through gradient *(ours)*.
         fuse: weight of a text in Eq. 4: `query`, a learned query against the text; `level_scalar`, one number a level.
         z_mode: composite text `per_frame`, or `pooled` over the clip, which makes its Gaussian a point.
@@ -212,7 +213,7 @@ class MITConfig:
     texts: int = 15
     slot_len: int = 1
     match: Literal["st_top1", "hard", "mean"] = "st_top1"
-    centre: bool = True
+    standardise: bool = True
     match_tau: float = 0.07
     fuse: Literal["query", "level_scalar"] = "query"
     z_mode: Literal["per_frame", "pooled"] = "per_frame"
@@ -307,9 +308,12 @@ class CDCLConfig:
             but the clip itself (`diag`).
         theta, theta_low: see there.
         no_negatives: a clip that all others are positives of repels them nonetheless (`diag`), or is left out (`skip`).
-        text_negatives: counterfactuals (`cf`), or texts of other clips (`batch`), which stand in where there is no SC.
+        text_negatives: counterfactuals (`cf`) *(paper)*, texts of other clips (`batch`), which stand in where there is
+            no SC, or `both`: against its own counterfactuals alone, a text may be the same for all clips.
         weights: of counterfactuals, by their degree (`rho`) or by `alpha` alone.
         weight_sum: `one`, as printed: all negatives weigh as one; `keep`: each as one.
+        features: `after` the decoder's interaction of sight and sound *(paper)*, or `before` it, where neither holds
+            anything of the other, so that the contrast cannot be met by copying.
         visual_pool: vision is averaged where the model sees a foreground (`mask`), or everywhere (`gap`).
         gather: contrast with the clips of all processes.
     """
@@ -329,9 +333,10 @@ class CDCLConfig:
     theta: float = 0.9
     theta_low: float = 0.6
     no_negatives: Literal["diag", "skip"] = "diag"
-    text_negatives: Literal["cf", "batch"] = "cf"
+    text_negatives: Literal["cf", "batch", "both"] = "cf"
     weights: Literal["rho", "alpha"] = "rho"
     weight_sum: Literal["one", "keep"] = "one"
+    features: Literal["after", "before"] = "after"
     visual_pool: Literal["mask", "gap"] = "mask"
     gather: bool = True
 

@@ -26,7 +26,7 @@ class Diffusion(nn.Module):
         try:
             from diffusers import DDIMScheduler
         except ImportError as error:
-            raise ValueError(f"sc.generator=diffusion needs the package diffusers ({error}); pip install 'icf[train]'"
+            raise ValueError(f"sc.generator=diffusion needs the package diffusers ({error}); pip install diffusers"
                              ) from error
         low, high = (0.00085, 0.012) if beta == "scaled_linear" else (1e-4, 0.02)
         self.start, stride = start, start // ddim_steps

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from icf.config import MITConfig
 
-MOMENTUM = 0.1      # of the features' running means
+MOMENTUM = 0.1      # of running means
 TEMPLATES = {"video": "a video of *", "segment": "a segment of *", "frame": "a frame of *", "audio": "an audio of *"}
 
 
@@ -62,10 +63,10 @@ class MIT(nn.Module):
         self.slots = nn.ParameterDict({level: _slots(tower, config) for level, tower in (towers or {}).items()})
         for level in (*self.levels, "audio"):
             self.register_buffer(f"texts_{level}", torch.zeros(config.texts, dim))
-            self.register_buffer(f"mean_{level}", torch.zeros(dim))
+            self.register_buffer(f"usual_{level}", torch.zeros(2, config.texts))
         self.register_state_dict_post_hook(_without_towers)
         self.register_load_state_dict_post_hook(_towers_are_not_missed)
-        self.hear = nn.Linear(audio_dim, dim)
+        self.hear = nn.Sequential(nn.LayerNorm(audio_dim), nn.Linear(audio_dim, dim))
         self.norm = nn.LayerNorm(dim)
         self.weight = nn.Parameter(torch.randn(dim) if config.fuse == "query" else torch.zeros(len(self.levels)))
         self.visual_gate, self.audio_gate = _gate(dim), _gate(dim)
@@ -113,6 +114,22 @@ class MIT(nn.Module):
                 self.kept[level].copy_(text)
         return texts
 
+    def cost(self) -> str:
+        """What the towers cost a step, in words: parameters, prompts, measured time of forward and backward."""
+        parameters = sum(p.numel() for p in self.towers.parameters())
+        prompts = sum(len(slots) for slots in self.slots.values())
+        kept = {level: text.clone() for level, text in self.kept.items()}
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            total = sum(text.sum() for text in self.texts().values())
+            torch.autograd.grad(total, [*self.slots.values()])[0].sum().item()
+            times.append(time.perf_counter() - start)
+        for level, text in self.kept.items():
+            text.copy_(kept[level])
+        return (f"text towers: {parameters / 1e6:.1f} M frozen parameters read {prompts} prompts a step, "
+                f"{1e3 * min(times):.0f} ms with gradient")
+
     @property
     def kept(self) -> dict[str, Tensor]:
         """The texts of the last training step."""
@@ -120,14 +137,13 @@ class MIT(nn.Module):
 
     def _match(self, features: Tensor, texts: Tensor, level: str, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Best match of features [B,N,D] among texts [k,D], Eq. 3: [B,N,D] and which, [B,N]; real: [B or 1,N]."""
-        if self.config.centre:
-            mean = getattr(self, f"mean_{level}")
+        similarity = features @ texts.T                                                         # [B, N, k]
+        if self.config.standardise:
+            usual = getattr(self, f"usual_{level}")
             if self.training:
-                _follow(mean, features.detach().float(), real)
-            compared = F.normalize(features - mean, dim=-1), F.normalize(texts - texts.mean(0), dim=-1)
-        else:
-            compared = features, texts
-        similarity = compared[0] @ compared[1].T                                                # [B, N, k]
+                _follow(usual, similarity.detach().float(), real)
+            mean, square = usual
+            similarity = (similarity - mean) * (square - mean.square()).clamp(min=1e-8).rsqrt() * self.config.match_tau
         index = similarity.argmax(-1)
         if self.config.match == "mean":
             return texts.mean(0).expand_as(features), index
@@ -171,10 +187,11 @@ def _towers_are_not_missed(module: MIT, keys) -> None:
 
 
 @torch.no_grad()
-def _follow(mean: Tensor, x: Tensor, real: Tensor | None) -> None:
-    """Move a running mean [D] towards that of x [B,N,D]; the first one is taken as it is."""
+def _follow(usual: Tensor, x: Tensor, real: Tensor | None) -> None:
+    """Move running means [2,k], of x [B,N,k] and of its square, towards those of a batch; the first is taken as is."""
     weight = torch.ones_like(x[..., :1]) if real is None else real[..., None].expand(len(x), -1, 1).to(x.dtype)
-    mean.lerp_((x * weight).sum((0, 1)) / weight.sum(), torch.where(mean.any(), MOMENTUM, 1.0))
+    now = torch.stack([(y * weight).sum((0, 1)) for y in (x, x.square())]) / weight.sum()
+    usual.lerp_(now, torch.where(usual.any(), MOMENTUM, 1.0))
 
 
 def _slots(tower: nn.Module, config: MITConfig) -> nn.Parameter:

@@ -97,7 +97,7 @@ class SC(nn.Module):
         losses = self._diffusion_losses(source, rho[:, :1].detach(), seen, frame_mask, weight)
         losses |= self._degree_loss(noised, rho, weight, losses.pop("target", 0))
         if config.latent == "linear":
-            losses["rec"] = _average(1 - F.cosine_similarity(self._decode(clean), z, -1), weight)
+            losses["rec"] = _average(1 - F.cosine_similarity(self._decode(clean, z), z, -1), weight)
         losses["cf"] = losses["eps"] + config.lambda_ortho * losses["ortho"] + losses.get("rec", 0)
         if not wanted:
             return Counterfactuals(None, None, None, losses, {"degree": rho.mean().detach()})
@@ -108,10 +108,10 @@ class SC(nn.Module):
             rotated = rotate(noised, rho)                                                       # [B, M, T, L]
         if config.symmetric:                            # one more candidate, which is not rotated
             same = noised[:, None]
-            texts = self._decode(diffusion.denoise(torch.cat([same, rotated], 1), seen, frame_mask, config.grad))
+            texts = self._decode(diffusion.denoise(torch.cat([same, rotated], 1), seen, frame_mask, config.grad), z)
             texts = z[:, None] + texts[:, 1:] - texts[:, :1]
         else:
-            texts = self._decode(diffusion.denoise(rotated, seen, frame_mask, config.grad))
+            texts = self._decode(diffusion.denoise(rotated, seen, frame_mask, config.grad), z)
         return self._keep(texts, z, rho, alpha, weight, losses, {"degree": rho.mean().detach()})
 
     def _diffusion_losses(self, clean, rho, seen, frame_mask, weight) -> dict[str, Tensor]:
@@ -157,9 +157,9 @@ class SC(nn.Module):
         quantised, error = self._nearest(clean)
         losses = self._degree_loss(clean.detach(), rho, weight, 0)
         losses["vq"] = _average(error, weight)
-        losses["rec"] = _average(1 - F.cosine_similarity(self._decode(quantised), z, -1), weight)
+        losses["rec"] = _average(1 - F.cosine_similarity(self._decode(quantised, z), z, -1), weight)
         losses["cf"] = losses["vq"] + losses["rec"] + self.config.lambda_ortho * losses["ortho"]
-        texts = self._decode(self._nearest(rotate(clean, rho))[0])
+        texts = self._decode(self._nearest(rotate(clean, rho))[0], z)
         return self._keep(texts, z, rho, alpha, weight, losses, {"degree": rho.mean().detach()})
 
     def _nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,8 +175,11 @@ class SC(nn.Module):
         x = z if self._stays else self.encode(z)
         return F.layer_norm(x, x.shape[-1:]) if self.config.latent_norm == "layer" else F.normalize(x, dim=-1)
 
-    def _decode(self, x: Tensor) -> Tensor:
-        return x if self._stays else self.decode(F.layer_norm(x, x.shape[-1:]))
+    def _decode(self, x: Tensor, z: Tensor) -> Tensor:
+        """Latents [B,M,T,L] or [B,T,L] as texts, of the norm of their text z [B,T,D]."""
+        texts = x if self._stays else self.decode(F.layer_norm(x, x.shape[-1:]))
+        norm = z.norm(dim=-1, keepdim=True)
+        return F.normalize(texts, dim=-1) * (norm[:, None] if x.ndim == 4 else norm)
 
     def _keep(self, texts, z, rho, alpha, weight, losses, statistics) -> Counterfactuals:
         """Eq. 12: the candidates [B,M,T,D] that are closest to the text, on average over its seconds."""

@@ -95,6 +95,8 @@ def train(cfg: Config, resume: bool = False) -> dict:
     optimizer = AdamW(parameter_groups(model, cfg.train), fused=accelerator.device.type == "cuda")
     schedule = LambdaLR(optimizer, lambda step: lr_factor(cfg.train, step, total_steps))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if cfg.objective.enabled and cfg.objective.mit.enabled:
+        accelerator.print(accelerator.unwrap_model(model).objective.mit.cost())
     progress = Progress()
     accelerator.register_for_checkpointing(schedule, progress)
     if resume:

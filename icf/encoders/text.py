@@ -222,7 +222,7 @@ def _transformers(kind: str, key: str):
         import transformers
     except ImportError as error:
         raise ValueError(f"{key}: {kind!r} needs the package transformers, which cannot be imported "
-                         f"({first_line(error)}); pip install 'icf[train]'") from error
+                         f"({first_line(error)}); pip install transformers") from error
     return transformers
 
 

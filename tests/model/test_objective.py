@@ -84,7 +84,7 @@ def test_text_of_each_second(match, fuse):
 
 
 def test_best_match_is_the_nearest_text_and_every_pseudo_word_can_learn():
-    mit, levels = make_mit(centre=False)
+    mit, levels = make_mit(standardise=False)
     visual, audio = features()
     text = mit(*levels([visual]), audio)
     heard = F.normalize(mit.hear(audio), dim=-1)
@@ -100,10 +100,10 @@ def test_what_all_sounds_share_does_not_decide_the_match():
     torch.manual_seed(1)
     audio = torch.full((16, 1, 7), 3.0) + torch.randn(16, T, 7)
     chosen = {}
-    for centre in (False, True):
-        mit, levels = make_mit(centre=centre, texts=15)
-        chosen[centre] = len(mit(*levels([features(16)[0]]), audio).index.unique())
-    assert chosen[True] > 2 * chosen[False]
+    for standardise in (False, True):
+        mit, levels = make_mit(standardise=standardise, texts=15)
+        chosen[standardise] = len(mit(*levels([features(16)[0]]), audio).index.unique())
+    assert chosen[True] > chosen[False]
 
 
 def test_running_means_leave_padding_out():
@@ -111,8 +111,8 @@ def test_running_means_leave_padding_out():
     mask = prefix_mask(5, 3)
     (mit, levels), disturbed = make_mit(), torch.where(mask[..., None], audio, 1e3)
     mit(*levels([visual], mask), disturbed, mask)
-    real = F.normalize(mit.hear(audio), dim=-1)[mask].mean(0)
-    torch.testing.assert_close(mit.mean_audio, real)
+    similarity = (F.normalize(mit.hear(audio), dim=-1) @ mit.kept["audio"].T)[mask]
+    torch.testing.assert_close(mit.usual_audio, torch.stack([similarity.mean(0), similarity.square().mean(0)]))
 
 
 def test_fusion_weighs_what_speaks_of_a_second():
@@ -288,7 +288,7 @@ def make_cdcl(**cdcl):
 
 
 @pytest.mark.parametrize("kind", ["distribution", "prototype", "feature"])
-@pytest.mark.parametrize("negatives", ["cf", "batch"])
+@pytest.mark.parametrize("negatives", ["cf", "batch", "both"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("pooled", [False, True])
 def test_every_kind_of_contrast(kind, negatives, masked, pooled):

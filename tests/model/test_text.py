@@ -525,5 +525,5 @@ def test_without_transformers_the_extra_is_named(monkeypatch, make_tower, kind):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError) as caught:
         make_tower(kind)
-    one_line(caught, "model.mit.text", "pip install 'icf[train]'")
+    one_line(caught, "model.mit.text", "pip install transformers")
     assert make_tower("hash").out == 512
