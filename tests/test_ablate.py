@@ -1,6 +1,7 @@
 """The ablations: presets that do what they are called, and tables that hold what was measured and nothing else."""
 import json
 from dataclasses import replace
+from functools import cache, partial
 
 import pytest
 import torch
@@ -25,14 +26,18 @@ BASE = {
                   "cdcl": {"dim": 16}},
     "train": {"batch": 4, "epochs": 1}, "eval": {"negatives": []},
 }
+PARSER = config_parser(exit_on_error=False)
+
+
+@cache
+def laid_over(base, name) -> Config:
+    """An ablation of a YAML file or text."""
+    return build_config(PARSER, PARSER.parse_args(["--config", base, "--config", str(ablations()[name])]))
 
 
 def configure(name, **data) -> Config:
     """An ablation of `BASE`."""
-    parser = config_parser(exit_on_error=False)
-    base = {**BASE, "data": {**BASE["data"], **data}}
-    return build_config(parser, parser.parse_args(["--config", yaml.safe_dump(base), "--config",
-                                                   str(ablations()[name])]))
+    return laid_over(yaml.safe_dump({**BASE, "data": {**BASE["data"], **data}}), name)
 
 
 def write_results(out, run, seed, j, f, *folders, **settings):
@@ -97,12 +102,7 @@ def test_a_run_takes_its_ablation_from_the_command_line(preset, capsys):
 
 @pytest.mark.parametrize("base", ["toy-ms3", "ms3-pvt"])
 def test_sweeps_change_one_thing_and_share_the_full_method(base):
-    parser = config_parser(exit_on_error=False)
-
-    def configure(name):
-        return build_config(parser, parser.parse_args(["--config", preset_file(base), "--config",
-                                                       str(ablations()[name])]))
-
+    configure = partial(laid_over, preset_file(base))
     study, full = figure_5(configure), configure("icf")
     assert len(study.lines) == sum(len(sweep.values) * len(sweep.curves) for sweep in FIGURE_5)
     assert {"icf", "baseline", "mit_cdcl", "alpha_0.1-0.2", "start_50", "keep_12"} <= study.configs.keys()
