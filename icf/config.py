@@ -55,6 +55,10 @@ class DataConfig:
         workers: loader processes; `null` chooses by the number of cores.
         cache: keep what was read in memory that the workers share: log-mels, frames and labels, each if all of a split
             take less than 1 GiB.
+        replaced_audio: a folder with `<clip>.wav` for every training clip, what could sound instead, for
+            `objective.sc.generator: audio_replacement`.
+        captions: JSON file, `{clip: [caption, ...]}` for every training clip, equally many each, of which objects were
+            replaced, for `objective.sc.generator: text_revision`.
         toy: set, the data is the toy benchmark, generated when it is missing.
     """
 
@@ -68,6 +72,8 @@ class DataConfig:
     augmentation: Literal["none", "flip", "combo"] = "none"
     workers: int | None = None
     cache: bool = True
+    replaced_audio: Path | None = None
+    captions: Path | None = None
     toy: ToyConfig | None = None
 
 
@@ -381,9 +387,7 @@ class ObjectiveConfig:
         lo, hi = sc.alpha
         _require(0 <= lo <= hi <= 1, f"{key}.sc.alpha", "lo <= hi in [0, 1]", sc.alpha)
         _require(1 <= sc.keep <= sc.candidates, f"{key}.sc.keep", "1 to sc.candidates", sc.keep)
-        stride = sc.start // max(sc.ddim_steps, 1)
-        _require(0 < sc.start <= sc.steps and sc.ddim_steps >= 1 and sc.start == stride * sc.ddim_steps
-                 and sc.steps // (sc.steps // stride) == stride, f"{key}.sc.start",
+        _require(denoises(sc.start, sc.ddim_steps, sc.steps), f"{key}.sc.start",
                  "a multiple of sc.ddim_steps, at most sc.steps, by strides that the schedule can take", sc.start)
         _require(sc.dim % sc.blocks == 0 and sc.dim // sc.blocks >= 2, f"{key}.sc.blocks",
                  "a divisor of sc.dim that leaves at least 2 dimensions", sc.blocks)
@@ -480,6 +484,10 @@ class Config:
         require(self.train.iters is None or self.train.iters >= 1, "train.iters", "at least 1", self.train.iters)
         require(self.train.lr > 0, "train.lr", "above 0", self.train.lr)
         self.objective.check()
+        revised = self.objective.enabled and self.objective.sc.enabled and (
+            self.objective.sc.generator == "text_revision")
+        require(not revised or self.data.captions is not None, "data.captions",
+                "a JSON file of revised captions for objective.sc.generator=text_revision", self.data.captions)
         require(0 < self.eval.threshold < 1, "eval.threshold", "between 0 and 1", self.eval.threshold)
 
     def to_dict(self) -> dict:
@@ -510,6 +518,13 @@ def build_config(parser: ArgumentParser, parsed: Namespace) -> Config:
     cfg = Config(**{field.name: values[field.name] for field in fields(Config)})
     cfg.check()
     return cfg
+
+
+def denoises(start: int, ddim_steps: int, steps: int) -> bool:
+    """Whether a schedule of ``steps`` leads from ``start`` to zero in ``ddim_steps`` equal strides."""
+    stride = start // max(ddim_steps, 1)
+    return 0 < start <= steps and ddim_steps >= 1 and start == stride * ddim_steps and (
+        steps // (steps // stride) == stride)
 
 
 def _require(ok: bool, key: str, expected: str, got) -> None:
