@@ -316,11 +316,10 @@ class CDCLConfig:
         theta, theta_low: see there.
         no_negatives: a clip that all others are positives of repels them nonetheless (`diag`), or is left out (`skip`).
         text_negatives: counterfactuals (`cf`) *(paper)*, texts of other clips (`batch`), which stand in where there is
-            no SC, or `both`: against its own counterfactuals alone, a text may be the same for all clips.
+            no SC, or `both` *(ours)*. Against its own counterfactuals alone a text, and sound and sight with it, may be
+            the same for all clips: on the toy benchmark the loss vanishes so, and segmentation gets worse.
         weights: of counterfactuals, by their degree (`rho`) or by `alpha` alone.
         weight_sum: `one`, as printed: all negatives weigh as one; `keep`: each as one.
-        features: `after` the decoder's interaction of sight and sound *(paper)*, or `before` it, where neither holds
-            anything of the other, so that the contrast cannot be met by copying.
         visual_pool: vision is averaged where the model sees a foreground (`mask`), or everywhere (`gap`).
         gather: contrast with the clips of all processes.
     """
@@ -340,10 +339,9 @@ class CDCLConfig:
     theta: float = 0.9
     theta_low: float = 0.6
     no_negatives: Literal["diag", "skip"] = "diag"
-    text_negatives: Literal["cf", "batch", "both"] = "cf"
+    text_negatives: Literal["cf", "batch", "both"] = "both"
     weights: Literal["rho", "alpha"] = "rho"
     weight_sum: Literal["one", "keep"] = "one"
-    features: Literal["after", "before"] = "after"
     visual_pool: Literal["mask", "gap"] = "mask"
     gather: bool = True
 
@@ -376,8 +374,8 @@ class ObjectiveConfig:
         _require(mit.enabled or cdcl.positives == "diag" or not cdcl.enabled, f"{key}.cdcl.positives",
                  "diag where mit.enabled is false", cdcl.positives)
         texts = sc.enabled and sc.generator != "residual"
-        _require(texts or not cdcl.enabled or cdcl.text_negatives == "batch" or not set(cdcl.pairs) - {"va"},
-                 f"{key}.cdcl.text_negatives", "batch where SC makes no counterfactual texts", cdcl.text_negatives)
+        _require(texts or not cdcl.enabled or cdcl.text_negatives != "cf" or not set(cdcl.pairs) - {"va"},
+                 f"{key}.cdcl.text_negatives", "batch or both where SC makes no texts", cdcl.text_negatives)
         read = mit.inject != "none" or sc.enabled or (cdcl.enabled and {*cdcl.pairs} - {"va"})
         _require(not mit.enabled or read, f"{key}.mit.inject", "cross_attention where neither SC nor CDCL use the text",
                  mit.inject)
