@@ -1,13 +1,12 @@
 """What the tests and benchmarks of all rooms share."""
 import importlib
-import pkgutil
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import icf_kernels
+from .backend import rooms
 
 
 class Cases(NamedTuple):
@@ -27,8 +26,7 @@ def module(room, name):
 
 def operators():
     """The operators of all rooms, as (room, operator)."""
-    rooms = [m.name for m in pkgutil.iter_modules(icf_kernels.__path__) if m.ispkg and not m.name.startswith("_")]
-    return [(room, op) for room in sorted(rooms) for op in module(room, "cases").CASES]
+    return [(room, op) for room in rooms() for op in module(room, "cases").CASES]
 
 
 def operator_function(room, op, name, **options):
