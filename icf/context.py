@@ -28,7 +28,7 @@ class ChannelAttention(nn.Module):
         self.reduce = nn.Conv2d(channels, dim, 1)
         self.qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.expand = nn.Conv2d(dim, channels, 1)
-        self.log_tau = nn.Parameter(torch.zeros(()))
+        self.log_tau = nn.Parameter(torch.zeros(1))                         # FSDP2 takes no scalars
         nn.init.zeros_(self.expand.weight)
         nn.init.zeros_(self.expand.bias)
 

@@ -23,11 +23,13 @@ FAST = [pytest.param(name, marks=pytest.mark.skipif(bool(problem), reason=proble
         for name, problem in (("cpp", PROBLEM["_C"]),)]
 OPERATORS = {"ms_deform_attn_fused", "orthogonal_blend", "gaussian_w2"}
 
+plain_descent = partial(torch.optim.SGD, lr=1e-2)
+
 
 @pytest.fixture
 def train(make_batch, settle):
     """Trains the same small model on the same clips, on one backend."""
-    def run(backend: str, steps: int, optimizer=partial(torch.optim.SGD, lr=1e-2), autocast: bool = False):
+    def run(backend: str, steps: int, optimizer=plain_descent, autocast: bool = False):
         """Losses of every step, [steps, terms], the total first, and the gradients of the last."""
         cfg, batch, history = Config.from_dict(SMALL), make_batch((5, 3)), []
         torch.manual_seed(0)
