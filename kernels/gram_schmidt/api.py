@@ -224,7 +224,7 @@ def _share(z, rows):
         return z, 1, 1
     start, stop = repeated[0], repeated[-1] + 1
     shared = math.prod(rows[start:stop])
-    if shared != math.prod(rows[i] for i in repeated):
+    if shared != math.prod([rows[i] for i in repeated]):
         return z.expand(*rows, z.shape[-1]), 1, 1
     return z, shared, math.prod(rows[stop:])
 

@@ -222,7 +222,7 @@ def _types(value, coordinates, weights, *others):
 
 
 def _unit_stride(tensor):
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _rows(tensor):
