@@ -15,8 +15,8 @@ sanitize:   ## the C++ operators under AddressSanitizer and UBSan, in a build of
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	python -m pytest tests/kernels -k "not triton and not cuda and not compiles"
 
-fuzz:       ## operators and file readers, 10,000 inputs each
-	pytest tests/kernels/test_fuzz.py tests/data/test_fuzz_files.py --hypothesis-profile=long
+fuzz:       ## 10,000 inputs of each operator
+	pytest tests/kernels/test_fuzz.py --hypothesis-profile=long
 
 bench:      ## operators and metrics on every backend that can run
 	pytest benchmarks/ --benchmark-only
