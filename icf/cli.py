@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -109,7 +111,8 @@ def train(args: list[str]) -> None:
     cfg.out = options.resume or cfg.out
     if with_icf and not options.resume and not any(arg.startswith("--out") for arg in args):
         cfg.out = cfg.out.with_name(f"{cfg.out.name}-icf")
-    run(cfg, resume=options.resume is not None)
+    with shown_log():
+        run(cfg, resume=options.resume is not None)
 
 
 def evaluate(args: list[str]) -> None:
@@ -290,6 +293,26 @@ COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "predict": p
 def command(usage: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"icf {usage}", description=description, epilog=epilog, add_help=False,
                                    allow_abbrev=False, exit_on_error=False)
+
+
+@contextmanager
+def shown_log():
+    """Shows what the package logs, above a progress bar; of several processes on a machine, the first one's."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+    logger, handler = logging.getLogger("icf"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    if os.getenv("LOCAL_RANK", "0") != "0":
+        yield
+        return
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([logger]):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def pick_device(name: str | None) -> str:

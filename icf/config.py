@@ -452,7 +452,13 @@ class EvalConfig:
 
 @dataclass
 class Config:
-    """One run: its data, model, loss, objective, recipe and evaluation, and the folder it writes to."""
+    """One run: its data, model, loss, objective, recipe and evaluation, and the folder it writes to.
+
+    Args:
+        backend: of the operators: `auto`, the fastest that can run, `reference`, `cpp`, `cuda` or `triton`, with
+            exceptions by operator or family of operators, as in `auto,gw_contrast=reference`; `null` leaves it to
+            `icf.set_backend` and the variable ICF_BACKEND.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -460,6 +466,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    backend: str | None = None
     out: Path = Path("runs/default")
 
     def check(self) -> None:

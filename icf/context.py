@@ -28,7 +28,7 @@ class ChannelAttention(nn.Module):
         self.reduce = nn.Conv2d(channels, dim, 1)
         self.qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.expand = nn.Conv2d(dim, channels, 1)
-        self.log_tau = nn.Parameter(torch.zeros(()))
+        self.log_tau = nn.Parameter(torch.zeros(1))                         # FSDP2 takes no scalars
         nn.init.zeros_(self.expand.weight)
         nn.init.zeros_(self.expand.bias)
 
@@ -142,9 +142,11 @@ class LevelFeatures(nn.Module):
     def _windows(self, level: str, steps: int, frame_mask: Tensor | None, device) -> tuple[Tensor, Tensor | None]:
         """Places of the frames of each window of a level, [B or 1,n,w], and which of them are real; None if all are."""
         if level == "segment":
-            if frame_mask is None:
-                return torch.tensor([segments(steps, self.parts, self.stride)], device=device), None
-            place, real = (x.to(device)[frame_mask.sum(1)] for x in _segment_table(steps, self.parts, self.stride))
+            if frame_mask is None:  # made on the device, for which a list from the host would have to be waited
+                window, count = math.ceil(steps / self.parts), len(segments(steps, self.parts, self.stride))
+                starts = torch.arange(count, device=device) * min(self.stride or window, window)
+                return (starts.clamp(max=steps - window)[:, None] + torch.arange(window, device=device))[None], None
+            place, real = (x[frame_mask.sum(1)] for x in _segment_table(steps, self.parts, self.stride, device))
             return place, real
         place = torch.arange(steps, device=device).view((1, 1, -1) if level == "video" else (1, -1, 1))
         if frame_mask is None:
@@ -162,7 +164,8 @@ def segments(length: int, parts: int, stride: int | None = None) -> list[list[in
 
 
 @lru_cache
-def _segment_table(steps: int, parts: int, stride: int | None) -> tuple[Tensor, Tensor]:
+@torch.inference_mode(False)  # kept for training also
+def _segment_table(steps: int, parts: int, stride: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """The segments of clips of 0 to `steps` real frames: places and which are real, [steps+1,S,w] each."""
     clips = [segments(length, parts, stride) for length in range(steps + 1)]
     shape = steps + 1, max(map(len, clips)), math.ceil(steps / parts)
@@ -170,4 +173,4 @@ def _segment_table(steps: int, parts: int, stride: int | None) -> tuple[Tensor, 
     for length, windows in enumerate(clips):
         for i, frames in enumerate(windows):
             place[length, i, :len(frames)], real[length, i, :len(frames)] = torch.tensor(frames), True
-    return place, real
+    return place.to(device), real.to(device)

@@ -45,6 +45,7 @@ from .metrics import (
     SemanticScores,
     combined_score,
 )
+from .ops import use_backend
 from .report import Sample, score_tables, write_report
 
 UNHEARD = ("silence", "noise", "offscreen")     # negative sounds that nothing in the picture makes
@@ -98,13 +99,16 @@ def evaluate(
         What `results.json` holds; `J`, `F` and `J&F` are the default modes, `scores` has all of them.
 
     Raises:
-        FloatingPointError: the model gave a value that is not finite. ValueError: its channels do not fit the classes.
+        FloatingPointError: the model gave a value that is not finite. ValueError: its channels do not fit the classes,
+            or `cfg.backend` cannot run here.
     """
     dataset = build_dataset(cfg.data, split)
     model = accelerator.unwrap_model(model) if accelerator else model
     device = device or next(model.parameters()).device
-    return _evaluate(model_predictor(model, len(dataset.classes), device), dataset, cfg, Path(out or cfg.out), device,
-                     {"weights_sha256": weights_hash(model)}, save_masks, progress, report, cfg.eval.negatives)
+    predict = model_predictor(model, len(dataset.classes), device)
+    with use_backend(cfg.backend):
+        return _evaluate(predict, dataset, cfg, Path(out or cfg.out), device, {"weights_sha256": weights_hash(model)},
+                         save_masks, progress, report, cfg.eval.negatives)
 
 
 def evaluate_masks(masks: Path, cfg: Config, split: str, out: Path, progress: bool = True, report: bool = True) -> dict:

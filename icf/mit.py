@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -188,9 +189,13 @@ def _towers_are_not_missed(module: MIT, keys) -> None:
 
 @torch.no_grad()
 def _follow(usual: Tensor, x: Tensor, real: Tensor | None) -> None:
-    """Move running means [2,k], of x [B,N,k] and of its square, towards those of a batch; the first is taken as is."""
+    """Move running means [2,k], of x [B,N,k] and of its square, towards those of a batch, the clips of all processes
+    together; the first is taken as is."""
     weight = torch.ones_like(x[..., :1]) if real is None else real[..., None].expand(len(x), -1, 1).to(x.dtype)
-    now = torch.stack([(y * weight).sum((0, 1)) for y in (x, x.square())]) / weight.sum()
+    sums = torch.stack([(y * weight).sum((0, 1)) for y in (x, x.square(), torch.ones_like(x))])  # [3, k]
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+    now = sums[:2] / sums[2]
     usual.lerp_(now, torch.where(usual.any(), MOMENTUM, 1.0))
 
 

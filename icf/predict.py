@@ -28,6 +28,7 @@ from .data.folder import FrameFolder, open_frames
 from .data.transforms import resize_frame
 from .data.video import Video, open_video, read_sound, write_video
 from .masks import class_map
+from .ops import use_backend
 
 RECORD = "predictions.json"
 OUTPUTS = ("masks", "overlay.mp4", "contact_sheet.png", RECORD)  # the record last: it marks a finished prediction
@@ -62,7 +63,7 @@ def predict(
 
     Args:
         model: gives for a `Batch` in eval mode logits [B,T,1,h,w], or class scores [B,T,C,h,w].
-        cfg: of the model: `data.size`, `data.frames`, `data.subset`, `data.audio_timing`, `eval.threshold`.
+        cfg: of the model: `data.size`, `data.frames`, `data.subset`, `data.audio_timing`, `eval.threshold`, `backend`.
         source: a video file, or a folder of pictures (one per second) with one sound file.
         out: folder, made if missing.
         threshold: of the probability of foreground, in 0..1; None for `cfg.eval.threshold`.
@@ -77,8 +78,8 @@ def predict(
         What is written to `predictions.json`.
 
     Raises:
-        ValueError: one line, where the source is missing, broken or without sound, an argument is out of range, or
-            `out` holds other things under the names of the outputs.
+        ValueError: one line, where the source is missing, broken or without sound, an argument is out of range,
+            `out` holds other things under the names of the outputs, or `cfg.backend` cannot run here.
     """
     threshold = cfg.eval.threshold if threshold is None else threshold
     window = cfg.data.frames
@@ -97,7 +98,7 @@ def predict(
     palette = np.array([(0, 0, 0), FOREGROUND], np.uint8) if binary else class_palette(len(names))  # [classes,3]
     model = model.to(device).eval()
 
-    with _staged(out) as folder, _bars(progress) as bar:
+    with use_backend(cfg.backend), _staged(out) as folder, _bars(progress) as bar:
         (folder / "masks").mkdir()
         sheet, rows = ContactSheet(palette), []
         seconds = _seconds(material, cfg.data.size)

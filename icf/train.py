@@ -30,6 +30,7 @@ from .config import Config, TrainConfig
 from .data import build_dataset, collate
 from .evaluate import evaluate, validate
 from .model import build_model
+from .ops import use_backend
 
 
 @dataclass
@@ -78,7 +79,13 @@ def train(cfg: Config, resume: bool = False) -> dict:
     Raises:
         FileExistsError: ``cfg.out`` holds a run already and ``resume`` is not set.
         FileNotFoundError: there is nothing to resume.
+        ValueError: ``cfg.backend`` cannot run here.
     """
+    with use_backend(cfg.backend):
+        return run(cfg, resume)
+
+
+def run(cfg: Config, resume: bool) -> dict:
     accelerator = start(cfg, resume)
     with accelerator.main_process_first():  # which writes the toy benchmark where it is missing
         train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")

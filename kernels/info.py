@@ -3,7 +3,7 @@ import sys
 
 import torch
 
-from icf_kernels._common.backend import BACKENDS, PROBLEM
+from icf_kernels._common.backend import BACKENDS, PROBLEM, requested
 from icf_kernels._common.testing import module, operators, why_not
 
 
@@ -15,6 +15,7 @@ def report() -> str:
     for library, problem in PROBLEM.items():
         built = problem or f"built with {sys.modules[f'icf_kernels.{library}'].built_with}"
         lines.append(f"icf_kernels.{library} {built}")
+    lines.append(f"backends asked for: {requested() or 'none, the fastest that can run is taken'}")
     for room, op in operators():
         cases = module(room, "cases").CASES[op]
         for backend in BACKENDS:

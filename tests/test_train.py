@@ -14,7 +14,11 @@ from safetensors.torch import load_file
 from icf.checkpoint import load_model, load_weights, read_config, save_weights, states, write_atomic
 from icf.cli import main
 from icf.config import Config
+from icf.evaluate import evaluate
+from icf.predict import predict
 from icf.train import EpochSampler, length, lr_factor, parameter_groups, train
+from icf_kernels._common.backend import PROBLEM
+from icf_kernels._common.testing import Calls
 
 SMALL = {
     "data": {"subset": "ms3", "size": 64, "workers": 1, "augmentation": "flip"},
@@ -58,6 +62,7 @@ def finished(tmp_path_factory, toy_root):
     process = launch(cfg)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
+    cfg.out.with_suffix(".log").write_text(output)
     return cfg
 
 
@@ -110,6 +115,37 @@ def test_predict_command_segments_a_folder_of_frames(finished, toy_root, tmp_pat
     main(["predict", str(source), "--weights", str(finished.out), "--output", str(tmp_path / "out")])
     assert len(list((tmp_path / "out" / "masks").glob("*.png"))) == 5
     assert {"overlay.mp4", "contact_sheet.png", "predictions.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.skipif(bool(PROBLEM["_C"]), reason=f"icf_kernels._C {PROBLEM['_C']}")
+def test_a_run_says_which_backends_it_takes_and_why(finished):
+    said = [line for line in finished.out.with_suffix(".log").read_text().splitlines() if "fastest backend" in line]
+    assert {line.split(":")[1].strip() for line in said} == {"ms_deform_attn", "gram_schmidt", "gw_contrast"}
+    assert len(said) == 3 and all("cpp is the fastest backend that can run (cuda: " in line for line in said)
+
+
+def test_backend_of_the_configuration_holds_for_the_run(finished, toy_root, tmp_path):
+    frames = next((toy_root / "Multi-sources/ms3_data/visual_frames").iterdir())
+    source = shutil.copytree(frames, tmp_path / "clip")
+    shutil.copy(next((toy_root / "Multi-sources/ms3_data/audio_wav").rglob(f"{frames.name}.wav")), source)
+    for backend in ("reference", "auto"):
+        model, cfg = load_model(finished.out)
+        cfg.backend, cfg.out = backend, tmp_path / backend
+        with Calls() as calls:
+            evaluate(model, cfg, "val", progress=False, report=False)
+            evaluated = len(calls)
+            predict(model, cfg, source, cfg.out / "predicted", progress=False)
+        fast = backend == "auto" and not PROBLEM["_C"]
+        assert (evaluated > 0, len(calls) > evaluated) == (fast, fast)
+
+
+@pytest.mark.parametrize("backend, error", [("fast", "must be one of"), ("gw_contrst=cpp", "no operator gw_contrst")])
+def test_a_backend_that_cannot_run_ends_a_run_before_it_begins(toy_root, tmp_path, backend, error):
+    cfg = config(tmp_path / "out", toy_root)
+    cfg.backend = backend
+    with pytest.raises(ValueError, match=f"set_backend: .*{error}"):
+        train(cfg)
+    assert not cfg.out.exists()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

@@ -1,13 +1,12 @@
 """What the tests and benchmarks of all rooms share."""
 import importlib
-import pkgutil
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import icf_kernels
+from .backend import rooms
 
 
 class Cases(NamedTuple):
@@ -27,8 +26,7 @@ def module(room, name):
 
 def operators():
     """The operators of all rooms, as (room, operator)."""
-    rooms = [m.name for m in pkgutil.iter_modules(icf_kernels.__path__) if m.ispkg and not m.name.startswith("_")]
-    return [(room, op) for room in sorted(rooms) for op in module(room, "cases").CASES]
+    return [(room, op) for room in rooms() for op in module(room, "cases").CASES]
 
 
 def operator_function(room, op, name, **options):
@@ -67,10 +65,11 @@ def forward_backward(function, args, dtype):
     """Results and gradients. The incoming gradients are rounded to `dtype`, whatever the arguments' own."""
     args, leaves = require_grad(args)
     outs = results(function, args)
-    if not any(o.requires_grad for o in outs):
+    differentiable = [o for o in outs if o.requires_grad]
+    if not differentiable:
         return list(outs)
-    grads = [torch.arange(o.numel(), device=o.device).cos().view_as(o).to(dtype).to(o) for o in outs]
-    return [*outs, *torch.autograd.grad(outs, leaves, grads)]
+    grads = [torch.arange(o.numel(), device=o.device).cos().view_as(o).to(dtype).to(o) for o in differentiable]
+    return [*outs, *torch.autograd.grad(differentiable, leaves, grads, materialize_grads=True)]
 
 
 def assert_as_accurate(actual, plain, exact):

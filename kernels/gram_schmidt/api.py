@@ -28,9 +28,9 @@ def orthogonal_blend(
     the seed, the row and the column: the backward draws it again and nothing is stored.
 
     Args:
-        z: ``[*, d]``, ``d >= 2``, any floating dtype; computed in float32, or in float64 for float64. Where ``*`` is 1,
-            or expanded, against the batch dimensions of ``ratio``, rows of ``z`` are shared by results with noise of
-            their own each.
+        z: ``[*, d]``, ``d >= 2``, any floating dtype; computed in float32, or in float64 for float64. Where ``*`` is 1
+            against the batch dimensions of ``ratio``, or expanded and constant, rows of ``z`` are shared by results
+            with noise of their own each.
         ratio: ``[*]``, one per row, broadcast with the batch dimensions of ``z``, or a number. Clamped to [0, 1].
         noise: what is drawn, ``"gaussian"`` or ``"rademacher"`` (random signs, cheaper), or the noise itself, constant,
             broadcastable to the result.
@@ -114,9 +114,9 @@ def gram_schmidt(
     Raises:
         ValueError: for arguments of the wrong kind or shape. RuntimeError: for a backend that cannot run here.
     """
-    if vectors.dim() < 2 or not vectors.is_floating_point():
-        raise ValueError(f"gram_schmidt: vectors must be [*, n, d] and floating point, got {list(vectors.shape)} of "
-                         f"{vectors.dtype}")
+    if vectors.dim() < 2 or vectors.shape[-1] == 0 or not vectors.is_floating_point():
+        raise ValueError(f"gram_schmidt: vectors must be [*, n, d] with d above 0 and floating point, got "
+                         f"{list(vectors.shape)} of {vectors.dtype}")
     if method not in reference.THRESHOLD:
         raise ValueError(f"gram_schmidt: method must be one of {tuple(reference.THRESHOLD)}, got {method!r}")
     if rank_tol is not None and not 0 <= rank_tol < 1:
@@ -216,16 +216,19 @@ def _share(z, rows):
     """z without the dimensions it is repeated along, if these are neighbours; how often, and the rows after them."""
     if z.shape[:-1] == rows and z.is_contiguous():
         return z, 1, 1
+    if 0 in rows:
+        return z.expand(*rows, z.shape[-1]), 1, 1
     lead = len(rows) + 1 - z.dim()
+    constant = not (z.requires_grad and torch.is_grad_enabled())  # else each row is owed a gradient of its own
     for i in range(z.dim() - 1):
-        if z.shape[i] > 1 and z.stride(i) == 0:
+        if constant and z.shape[i] > 1 and z.stride(i) == 0:
             z = z.narrow(i, 0, 1)
     repeated = [i for i, size in enumerate(rows) if size > 1 and (i < lead or z.shape[i - lead] == 1)]
     if not repeated:
         return z, 1, 1
     start, stop = repeated[0], repeated[-1] + 1
     shared = math.prod(rows[start:stop])
-    if shared != math.prod(rows[i] for i in repeated):
+    if shared != math.prod([rows[i] for i in repeated]):
         return z.expand(*rows, z.shape[-1]), 1, 1
     return z, shared, math.prod(rows[stop:])
 

@@ -235,11 +235,16 @@ def _types(value, coordinates, weights, *others):
 
 
 def _unit_stride(tensor):
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else _laid_out(tensor)
 
 
 def _rows(tensor):
     """The tensor, copied unless what belongs to one query lies together; images and queries may be strides apart."""
     together = all(tensor.stride(i) == math.prod(tensor.shape[i + 1:]) or tensor.shape[i] == 1
                    for i in range(2, tensor.dim()))
-    return tensor if together else tensor.contiguous()
+    return tensor if together else _laid_out(tensor)
+
+
+def _laid_out(tensor):
+    """A copy without gaps; `contiguous` leaves strides of empty tensors, and of axes of one element, as they are."""
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -431,3 +431,15 @@ def test_directions_cover_the_complement(kind, tol):
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(randn(4, 6))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_every_row_of_an_expanded_tensor_gets_its_own_gradient(backend):
+    z = torch.randn(1, 8, requires_grad=True).expand(3, 8)
+    if reason := why_not("gram_schmidt", "orthogonal_blend", backend, (z,)):
+        pytest.skip(reason)
+    given = torch.randn(3, 8)
+    own, = torch.autograd.grad(orthogonal_blend(z, 0.5, noise=given, backend=backend).cos().sum(), z)
+    copy = z.detach().clone().requires_grad_()
+    expected, = torch.autograd.grad(orthogonal_blend(copy, 0.5, noise=given, backend=backend).cos().sum(), copy)
+    torch.testing.assert_close(own, expected)

@@ -603,6 +603,21 @@ def test_a_step_does_not_wait_for_the_device(make_full, make_batch, lengths):
         model(batch).total.backward()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 3)])
+def test_a_step_on_a_gpu_does_not_wait_for_it(make_full, make_batch, lengths):
+    model, batch = make_full().cuda(), make_batch(lengths, labels=1).to("cuda")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    try:
+        for mode in ("default", "error"):                                   # the first step fills what is kept
+            torch.cuda.set_sync_debug_mode(mode)
+            model(batch).total.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_bf16_autocast_keeps_the_contrast_in_float32(make_full, make_batch):
     model, batch = make_full(), make_batch()
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,0 +1,132 @@
+"""Which backend runs: what can be asked for, what an automatic choice takes and says, and what is refused."""
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import icf
+from icf.ops import gaussian_wasserstein, gram_schmidt, orthogonal_blend, use_backend
+from icf_kernels._common import backend as backends
+from icf_kernels._common.testing import Calls
+
+X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+RUN = {"gram_schmidt": lambda **k: gram_schmidt(X, **k), "orthogonal_blend": lambda **k: orthogonal_blend(X, 0.5, **k),
+       "gaussian_w2": lambda **k: gaussian_wasserstein(X, X, **k)}
+needs_cpp = pytest.mark.skipif(bool(backends.PROBLEM["_C"]), reason=f"icf_kernels._C {backends.PROBLEM['_C']}")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Nothing asked for and nothing said yet."""
+    monkeypatch.setattr(backends, "_requests", {})
+    monkeypatch.setattr(backends, "_told", set())
+
+
+def taken(**options) -> dict[str, str]:
+    """The backend that each operator of RUN is run on."""
+    found = {}
+    for op, run in RUN.items():
+        with Calls() as calls:
+            run(**options)
+        found[op] = calls[0][0]._overloadname if calls else "reference"
+    return found
+
+
+@needs_cpp
+@pytest.mark.parametrize("name, per_operator, reference", [
+    ("reference", {}, {"gram_schmidt", "orthogonal_blend", "gaussian_w2"}), ("cpp", {}, set()), ("auto", {}, set()),
+    ("cpp", {"gw_contrast": "reference"}, {"gaussian_w2"}), ("cpp,gw_contrast=reference", {}, {"gaussian_w2"}),
+    ("cpp", {"orthogonal_blend": "reference"}, {"orthogonal_blend"}),
+    ("auto", {"gram_schmidt": "reference"}, {"gram_schmidt", "orthogonal_blend"}),                     # the family
+    ("reference", {"gram_schmidt": "cpp", "orthogonal_blend": "reference"}, {"orthogonal_blend", "gaussian_w2"}),
+    ("reference", {"gram_schmidt": "auto"}, {"gaussian_w2"})])
+def test_a_request_is_for_all_operators_a_family_or_one(name, per_operator, reference):
+    icf.set_backend(name, **per_operator)
+    assert taken() == {op: "reference" if op in reference else "cpp" for op in RUN}
+
+
+@needs_cpp
+def test_a_call_comes_before_set_backend_and_that_before_the_variable():
+    code = ("import torch, icf; from icf.ops import gram_schmidt; from icf_kernels._common import testing\n"
+            "def run(**k):\n"
+            "    with testing.Calls() as calls: gram_schmidt(torch.ones(2, 3), **k)\n"
+            "    print('cpp' if calls else 'reference', end=' ')\n"
+            "run(); run(backend='cpp'); run(backend='auto'); icf.set_backend('cpp'); run(); icf.set_backend(); run()")
+    for variable in ("reference", "cpp, gram_schmidt=reference"):
+        said = subprocess.check_output([sys.executable, "-c", code], text=True,
+                                       env={**os.environ, "ICF_BACKEND": variable})
+        assert said.split() == ["reference", "cpp", "cpp", "cpp", "cpp"]
+
+
+@pytest.mark.parametrize("variable, error", [
+    ("fast", "backend must be one of"), ("reference,gw_contrst=reference", "no operator gw_contrst")])
+def test_mistakes_in_the_variable_are_named(variable, error):
+    code = "import torch; from icf.ops import gram_schmidt; gram_schmidt(torch.ones(2, 3))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "ICF_BACKEND": variable})
+    assert f"ValueError: ICF_BACKEND: {error}" in done.stderr
+
+
+@pytest.mark.parametrize("name, per_operator, error", [
+    ("fast", {}, "backend must be one of .*got 'fast'"), ("auto", {"gw_contrast": None}, "backend must be one of"),
+    ("auto", {"gw_contrst": "cpp"}, "no operator gw_contrst; there are .*gw_contrast"),
+    *((text, {}, "expected a backend for all operators") for text in ("=cpp", "gw_contrast=", "cpp,cpp"))])
+def test_mistakes_are_named_and_change_nothing(name, per_operator, error):
+    icf.set_backend("reference")
+    with pytest.raises(ValueError, match=f"set_backend: {error}"):
+        icf.set_backend(name, **per_operator)
+    assert backends.requested() == "reference"
+
+
+def test_what_is_not_installed_is_refused_at_once(monkeypatch):
+    monkeypatch.setitem(backends.PROBLEM, "_C", "was not built")
+    with pytest.raises(RuntimeError, match="'cpp' was requested, but cannot run: icf_kernels._C was not built"):
+        icf.set_backend("auto", gw_contrast="cpp")
+    with pytest.raises(ValueError, match="icf_kernels._C was not built"), use_backend("cpp"):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_at_once():
+    with pytest.raises(RuntimeError, match="'cuda' was requested, but cannot run: "):
+        icf.set_backend("cuda")
+
+
+@needs_cpp
+def test_a_request_that_some_input_does_not_allow_raises_there():
+    icf.set_backend("cpp")
+    with pytest.raises(RuntimeError, match="gaussian_w2: backend 'cpp' was requested, but cannot run: spectral='eps'"):
+        gaussian_wasserstein(X, X, spectral="eps")
+
+
+def test_a_setting_of_a_run_lasts_as_long_as_the_run():
+    icf.set_backend("reference")
+    with use_backend(None):
+        assert backends.requested() == "reference"
+    with pytest.raises(KeyError), use_backend("auto,gram_schmidt=reference"):
+        assert backends.requested() == "auto,gram_schmidt=reference"
+        raise KeyError
+    assert backends.requested() == "reference"
+
+
+@needs_cpp
+def test_automatic_choice_says_once_what_it_took_and_why(caplog):
+    caplog.set_level(logging.INFO, "icf")
+    for _ in range(2):
+        taken()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and all("cpp is the fastest backend that can run (cuda: " in line for line in told)
+    assert sorted(line.partition(":")[0] for line in told) == ["gram_schmidt", "gw_contrast"]
+    icf.set_backend("cpp")
+    taken()
+    assert len(caplog.records) == 2
+
+
+def test_plain_pytorch_is_warned_of_once():
+    with pytest.warns(UserWarning, match=r"gaussian_w2 runs in plain PyTorch \(cuda: .*; cpp: ") as warned:
+        for _ in range(2):
+            gaussian_wasserstein(X, X, spectral="eps")
+    assert len(warned) == 1 and warned[0].filename.endswith("api.py")

@@ -1,0 +1,68 @@
+"""torch.compile takes the parts of the model whole: no graph break, in our operators or between them."""
+import pytest
+import torch
+
+from icf.cdcl import CDCL
+from icf.config import CDCLConfig, MITConfig, SCConfig
+from icf.context import LevelFeatures, VisualContext
+from icf.decoder import Decoder
+from icf.losses import dense_losses
+from icf.mit import MIT, Text
+from icf.objective import build_towers
+from icf.pixel_decoder import PixelDecoder
+from icf.sc import SC, Counterfactuals
+
+B, T, D = 3, 5, 24
+
+
+def maps(*sizes, channels=12):
+    return [torch.randn(B * T, channels, n, n) for n in sizes]
+
+
+def said() -> Text:
+    choices = torch.randn(6, D)
+    index = torch.arange(B * T).view(B, T) % 6
+    return Text(torch.randn(B, T, D), torch.randn(B, T, D), choices[index], index, choices, {})
+
+
+def imagined() -> Counterfactuals:
+    return Counterfactuals(torch.randn(B, 3, T, D), torch.rand(B, 3), torch.rand(B, 3), {}, {})
+
+
+def mit():
+    """Without the text towers, which put pseudo-words in place by hooks that break the graph."""
+    config = MITConfig(frame="hash", video="hash", audio="hash", texts=6)
+    part, levels = MIT(config, 7, build_towers(config)), LevelFeatures([12], 512, config.levels, ())
+    return part.eval(), (*levels([torch.randn(B, T, 12, 4, 4)]), torch.randn(B, T, 7))
+
+
+def sc(**options):
+    config = SCConfig(dim=16, blocks=2, candidates=5, keep=3, ddim_steps=2, width=16, layers=1, heads=2, **options)
+    return SC(config, D, 12), (torch.randn(B, T, D), torch.randn(B, T, 12))
+
+
+def cdcl(**options):
+    return CDCL(CDCLConfig(dim=16, **options), 12, 7, D), (torch.randn(B, T, 12), torch.randn(B, T, 7), said(),
+                                                           imagined())
+
+
+PARTS = {
+    "pixel_decoder": lambda: (PixelDecoder([12] * 4, 16, 1, 32, 2, 4), (maps(16, 8, 4, 2),)),
+    "decoder": lambda: (Decoder(7, 16, 2, 32, 2, 4, "bidirectional", "clip_null", None, None),
+                        (maps(16, channels=16)[0], maps(8, 4, 2, channels=16), torch.randn(B, T, 7),
+                         torch.arange(B * T), None)),
+    "context": lambda: (VisualContext([12, 12], ("video", "frame"), 4), (maps(4, 2), T)),
+    "levels": lambda: (LevelFeatures([12], 6, ("video", "segment", "frame"), ("segment",), 4),
+                       ([torch.randn(B, T, 12, 4, 4)],)),
+    "mit": mit,
+    "sc": sc, "sc_feature": lambda: sc(generator="feature", latent="identity"),
+    "cdcl": cdcl, "cdcl_batch": lambda: cdcl(text_negatives="batch"), "cdcl_band": lambda: cdcl(positives="band"),
+    "losses": lambda: (dense_losses, (torch.randn(2, B, 1, 4, 4), torch.randint(0, 2, (B, 8, 8)).to(torch.uint8))),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_compile_without_graph_break(name):
+    part, args = PARTS[name]()
+    torch.compiler.reset()  # one limit of compilations counts for all tests
+    torch.compile(part, fullgraph=True, backend="eager")(*args)
