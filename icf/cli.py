@@ -1,4 +1,4 @@
-"""The command line: ``icf train | evaluate | predict | data | profile | bench | info``. Parses, then calls one function each."""
+"""The command line: ``icf COMMAND``, see `USAGE`. Parses, then calls one function each."""
 from __future__ import annotations
 
 import argparse
@@ -210,7 +210,7 @@ def profile(args: list[str]) -> None:
     own = command("profile [PRESET]", "Trace a training step on random clips: what its parts and operators take, and a "
                   "Chrome trace.", f"PRESET is a YAML file or one of: {', '.join(presets())}. The default is "
                   f"{DEFAULT_PRESET}.")
-    own.add_argument("--trace", type=Path, metavar="FILE", help="the Chrome trace (default: trace.json in the run's folder)")
+    own.add_argument("--trace", type=Path, metavar="FILE", help="the Chrome trace (default: trace.json in --out)")
     own.add_argument("--steps", type=int, default=1, help="steps that are traced, after one that is not")
     own.add_argument("--device", help="cpu, cuda, ..; by default a GPU if there is one")
     own.add_argument("--nvtx", action="store_true", help="mark the parts as NVTX ranges instead, for nsys profile")
@@ -225,15 +225,15 @@ def profile(args: list[str]) -> None:
 
 
 def bench(args: list[str]) -> None:
-    own = argparse.ArgumentParser(prog="icf bench", description="Measure the operators and the training step, and report "
-                                  "what was measured.")
+    own = argparse.ArgumentParser(prog="icf bench", description="Measure the operators and the training step, and "
+                                  "report what was measured.")
     own.add_argument("command", choices=tuple(BENCH))
     BENCH[own.parse_args(args[:1]).command](args[1:])
 
 
 def bench_run(args: list[str]) -> None:
-    own = argparse.ArgumentParser(prog="icf bench run", description="Run the benchmarks of a checkout and save what they "
-                                  "measure. Further options go to pytest, as -k step or --benchmark-compare.")
+    own = argparse.ArgumentParser(prog="icf bench run", description="Run the benchmarks of a checkout and save what "
+                                  "they measure. Further options go to pytest, as -k step or --benchmark-compare.")
     own.add_argument("--json", type=Path, metavar="FILE", help="where to (default: benchmarks/results/DEVICE.json)")
     own.add_argument("--benchmarks", type=Path, default=Path("benchmarks"), help="folder of the benchmarks")
     options, rest = own.parse_known_args(args)
@@ -242,8 +242,8 @@ def bench_run(args: list[str]) -> None:
 
 
 def bench_report(args: list[str]) -> None:
-    own = argparse.ArgumentParser(prog="icf bench report", description="Turn saved measurements into tables and pictures, "
-                                  "between the marks <!-- bench:begin NAME --> and <!-- bench:end NAME --> of texts.")
+    own = argparse.ArgumentParser(prog="icf bench report", description="Turn saved measurements into tables and "
+                                  "pictures, between the marks <!-- bench:begin NAME --> and <!-- bench:end NAME -->.")
     own.add_argument("--json", type=Path, nargs="+", metavar="FILE", help="default: benchmarks/results/*.json")
     own.add_argument("--into", type=Path, nargs="+", metavar="FILE", help="texts with marks (default: README.md and "
                      "benchmarks/README.md)")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import gzip
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -174,14 +175,14 @@ def breakdown(profile: torch.profiler.profile, names: Iterable[str], steps: int 
     for event in events:
         name, backward = owner(event)
         if event.sequence_nr >= 0 and not backward:
-            made[event.thread, event.sequence_nr] = name  # ops without a node carry the number of the next; the last has it
+            made[event.thread, event.sequence_nr] = name    # ops that make no node carry the number of the next one
         seconds = 1e-6 / steps * (sum(k.duration for k in event.kernels) if on_gpu else event.self_cpu_time_total)
         spent[name] += Spent(0.0, seconds) if backward else Spent(seconds, 0.0)
     return dict(spent)
 
 
 def profile(cfg: Config, target: Path, steps: int = 1, device: str | None = None) -> None:
-    """Trace a training step of `cfg`, print what each part and operator takes, and write a Chrome trace to `target`.
+    """Trace a training step of `cfg`, print what each part and operator takes, and write a Chrome trace to `target`, .json or .gz.
 
     Args:
         steps: how many are traced; the tables give their mean.
@@ -190,13 +191,19 @@ def profile(cfg: Config, target: Path, steps: int = 1, device: str | None = None
     step = Step(cfg, device)
     with ranges(PARTS, step.accelerator.unwrap_model(step.model)), ranges(OPERATORS):
         traced = trace(step, steps)
-    write_atomic(target, lambda path: traced.export_chrome_trace(str(path)))
+    write_atomic(target, lambda path: _export(traced, path, compress=target.suffix == ".gz"))
     console = Console()
-    for title, names in (("part", PARTS), ("operator", OPERATORS)):
+    for title, names in ("part", PARTS), ("operator", OPERATORS):
         console.print(_table(title, breakdown(traced, names, steps), names))
     if (grown := peak_memory(step, step.device)) is not None:
         console.print(f"memory that a step adds at its peak: {grown / 2**20:.0f} MiB")
     console.print(f"Chrome trace, for chrome://tracing or ui.perfetto.dev: {target}")
+
+
+def _export(traced: torch.profiler.profile, path: Path, compress: bool) -> None:
+    traced.export_chrome_trace(str(path))
+    if compress:
+        path.write_bytes(gzip.compress(path.read_bytes()))
 
 
 def emit_nvtx(cfg: Config, steps: int = 1, device: str | None = None) -> None:
