@@ -182,9 +182,10 @@ def breakdown(profile: torch.profiler.profile, names: Iterable[str], steps: int 
 
 
 def profile(cfg: Config, target: Path, steps: int = 1, device: str | None = None) -> None:
-    """Trace a training step of `cfg`, print what each part and operator takes, and write a Chrome trace to `target`, .json or .gz.
+    """Trace a training step of `cfg`, print what each part and operator takes, and write a Chrome trace.
 
     Args:
+        target: the trace, .json or .gz.
         steps: how many are traced; the tables give their mean.
         device: see `Step`.
     """

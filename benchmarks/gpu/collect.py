@@ -39,7 +39,8 @@ def collect(folder, device):
     with open(folder / "stages.tsv", newline="") as file:
         stages = [{"name": name, "exit_code": int(code), "seconds": int(seconds), "command": command}
                   for name, code, seconds, command in csv.reader(file, delimiter="\t")]
-    commit = {"id": said("git", "rev-parse", "HEAD") or None, "dirty": bool(said("git", "status", "--porcelain", "-uno"))}
+    changed = said("git", "status", "--porcelain", "--untracked-files=no")
+    commit = {"id": said("git", "rev-parse", "HEAD") or None, "dirty": bool(changed)}
     empty = {"machine_info": {"node": platform.node()}, "commit_info": commit, "version": None,
              "datetime": datetime.now(timezone.utc).isoformat()}
     return {**(saved[0] if saved else empty), "benchmarks": [bench for run in saved for bench in run["benchmarks"]],
