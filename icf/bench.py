@@ -60,15 +60,20 @@ def run(folder: Path, target: Path | None, options: Sequence[str] = ()) -> int:
     if not any(folder.glob("bench_*.py")):
         raise FileNotFoundError(f"{folder} holds no bench_*.py: run this in a checkout, or name their folder "
                                 "by --benchmarks")
-    target = target or folder / "results" / f"{_device()}.json"
+    target = target or folder / "results" / f"{_machine()}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-only", f"--benchmark-json={target}", *options]
     return subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}).returncode
 
 
-def _device() -> str:
+def _machine() -> str:
     import torch
-    return re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()) if torch.cuda.is_available() else "cpu"
+    return "gpu-" + re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()) if torch.cuda.is_available() else "cpu"
+
+
+def saved(folder: Path) -> list[Path]:
+    """The measurements that `folder` holds, of CPUs first."""
+    return [*sorted(folder.glob("cpu*.json")), *sorted(folder.glob("gpu-*.json"))]
 
 
 def report(files: Sequence[Path], texts: Sequence[Path], plots: Path) -> None:
@@ -82,10 +87,12 @@ def report(files: Sequence[Path], texts: Sequence[Path], plots: Path) -> None:
         raise FileNotFoundError("no measurements to report: expected files of --benchmark-json in benchmarks/results, "
                                 "as icf bench run writes them, or --json FILE")
     runs = [read(file) for file in files]
+    for text in texts:
+        sections(text.read_text(), str(text))
     pictures = [path for run in runs for path in draw(run, plots)]
     for text in texts:
         before = text.read_text()
-        after = fill(before, runs, [os.path.relpath(path, text.parent) for path in pictures], str(text))
+        after = fill(before, runs, [os.path.relpath(path, text.parent) for path in pictures])
         if after != before:
             write_atomic(text, lambda path, after=after: path.write_text(after))
         print(f"{text}: {'updated' if after != before else 'as it was'}")
@@ -107,13 +114,8 @@ def read(file: Path) -> Run:
     return Run(file.stem, ", ".join(filter(None, facts)), benchmarks)
 
 
-def fill(text: str, runs: Sequence[Run], pictures: Sequence[str], name: str = "text") -> str:
-    """`text` with the tables of `runs` between its marks. Filling twice changes nothing.
-
-    Args:
-        pictures: as the text is to name them.
-        name: of the text, for errors.
-    """
+def sections(text: str, name: str = "text") -> list[str]:
+    """What the marks of `text`, known as `name`, ask for; ValueError where they are unknown or do not match."""
     marks = [match.groups() for match in MARK.finditer(text)]
     for (first, section), (last, same) in zip(marks[::2], [*marks[1::2], ("", "")], strict=False):
         if (first, last, same) != ("begin", "end", section):
@@ -121,6 +123,13 @@ def fill(text: str, runs: Sequence[Run], pictures: Sequence[str], name: str = "t
                              f"{last} {same}")
         if section not in (*SECTIONS, "plots"):
             raise ValueError(f"{name}: expected a mark of {', '.join((*SECTIONS, 'plots'))}, got {section!r}")
+    return [section for first, section in marks if first == "begin"]
+
+
+def fill(text: str, runs: Sequence[Run], pictures: Sequence[str]) -> str:
+    """`text` with the tables of `runs` between its marks, and `pictures`, as it is to name them. Filling twice changes
+    nothing."""
+    for section in sections(text):
         text = re.sub(rf"(<!-- bench:begin {section} -->\n).*?(<!-- bench:end {section} -->)",
                       lambda match, section=section: f"{match[1]}{_section(section, runs, pictures)}\n{match[2]}",
                       text, flags=re.DOTALL)
@@ -194,7 +203,8 @@ def share(benchmarks: Sequence[dict]) -> Table:
 def rates(benchmarks: Sequence[dict]) -> Table:
     """Reading and scoring."""
     rows = [[bench["name"], _ms(_seconds(bench)), f"{bench['extra_info'][key]:.4g} {unit}"]
-            for bench in benchmarks for key, unit in RATES.items() if key in bench["extra_info"]]
+            for bench in benchmarks for key, unit in RATES.items()
+            if isinstance(bench["extra_info"].get(key), float | int)]
     return Table(["", "ms", "rate"], rows)
 
 

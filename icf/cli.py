@@ -234,7 +234,8 @@ def bench(args: list[str]) -> None:
 def bench_run(args: list[str]) -> None:
     own = argparse.ArgumentParser(prog="icf bench run", description="Run the benchmarks of a checkout and save what "
                                   "they measure. Further options go to pytest, as -k step or --benchmark-compare.")
-    own.add_argument("--json", type=Path, metavar="FILE", help="where to (default: benchmarks/results/DEVICE.json)")
+    own.add_argument("--json", type=Path, metavar="FILE",
+                     help="where to (default: benchmarks/results/cpu.json, or gpu-NAME.json)")
     own.add_argument("--benchmarks", type=Path, default=Path("benchmarks"), help="folder of the benchmarks")
     options, rest = own.parse_known_args(args)
     from .bench import run
@@ -244,13 +245,14 @@ def bench_run(args: list[str]) -> None:
 def bench_report(args: list[str]) -> None:
     own = argparse.ArgumentParser(prog="icf bench report", description="Turn saved measurements into tables and "
                                   "pictures, between the marks <!-- bench:begin NAME --> and <!-- bench:end NAME -->.")
-    own.add_argument("--json", type=Path, nargs="+", metavar="FILE", help="default: benchmarks/results/*.json")
+    own.add_argument("--json", type=Path, nargs="+", metavar="FILE", help="default: cpu*.json, gpu-*.json in "
+                     "benchmarks/results")
     own.add_argument("--into", type=Path, nargs="+", metavar="FILE", help="texts with marks (default: README.md and "
                      "benchmarks/README.md)")
     own.add_argument("--plots", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
     options = own.parse_args(args)
-    from .bench import report
-    report(options.json or sorted(Path("benchmarks/results").glob("*.json")),
+    from .bench import report, saved
+    report(options.json or saved(Path("benchmarks/results")),
            options.into or [Path("README.md"), Path("benchmarks/README.md")], options.plots)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "torchvision", "timm", "transformers", "diffusers", "accelerate", "icf")
+PACKAGES = ("triton", "torchvision", "timm", "transformers", "diffusers", "accelerate", "icf")
 
 
 def said(*command):
@@ -23,7 +23,7 @@ def said(*command):
 
 
 def versions():
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda,
+    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
              "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")}
     for package in PACKAGES:
         try:
