@@ -19,7 +19,7 @@ from icf.cli import preset_file
 from icf.config import Config
 from icf.objective import ICFObjective
 from icf.profile import OPERATORS, OPTIMIZER, PARTS, Step, breakdown, peak_memory, ranges, trace
-from icf_kernels._common.backend import set_backend
+from icf_kernels._common.backend import use_backend
 from icf_kernels.gw_contrast import api
 from icf_kernels.gw_contrast.reference import dense_gaussian_entropy, dense_gaussian_wasserstein
 
@@ -56,12 +56,11 @@ def dense_w2(x, y, x_mask=None, y_mask=None, spectral="plain", regularization=1e
 @contextmanager
 def version(name):
     ours = api.gaussian_w2
-    set_backend(None if name == "fast" else "reference")
     api.gaussian_w2 = dense_w2 if name == "dense contrast" else ours
     try:
-        yield
+        with use_backend("auto" if name == "fast" else "reference"):
+            yield
     finally:
-        set_backend(None)
         api.gaussian_w2 = ours
 
 
