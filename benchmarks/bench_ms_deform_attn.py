@@ -2,17 +2,20 @@
 
     pytest benchmarks/bench_ms_deform_attn.py --benchmark-only -s
 
-`extra_info` holds the median seconds of every implementation, and how many times longer it takes than ours.
+Ours is what the automatic choice takes; the other backends that can run, and the definition, are timed beside it.
+`extra_info` holds sizes, the median seconds of every implementation, and how many times longer it takes than ours.
 """
 import statistics
 import time
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import grid_sample
 
 from icf.ops import ms_deform_attn, ms_deform_attn_fused
-from icf_kernels._common.testing import require_grad
+from icf_kernels._common.backend import BACKENDS, INTERPRET
+from icf_kernels._common.testing import require_grad, why_not
 from icf_kernels.ms_deform_attn.cases import BENCHMARKS, make_inputs
 
 try:
@@ -21,7 +24,8 @@ except ImportError:
     peer = None
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDS = 5
+ROUNDS = 5, 30  # at least, and at most
+SECONDS = 5  # within which rounds are added
 
 
 def by_grid_sample(value, sizes, locations, weights):
@@ -43,6 +47,9 @@ def implementations(shape):
             "ours, bfloat16 value": (ms_deform_attn, (low[0], *plain[1:])),
             "ours, fused": (ms_deform_attn_fused, make_inputs(shape, torch.float32, DEVICE, fused=True)),
             "grid_sample": (lambda v, _, __, xy, a: by_grid_sample(v, sizes, xy, a), plain)}
+    backends = [name for name in BACKENDS if not why_not("ms_deform_attn", "ms_deform_attn", name, plain)]
+    runs |= {f"backend {name}": (partial(ms_deform_attn, backend=name), plain) for name in backends
+             if name != "triton" or not INTERPRET}
     if peer is not None:
         shapes = torch.tensor(sizes, device=DEVICE)
         starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
@@ -75,20 +82,24 @@ def bench_against_others(benchmark, case, mode):
 
     runs = implementations(BENCHMARKS[case])
     seconds = {name: [] for name in runs}
-    for _ in range(ROUNDS + 1):  # the first warms up
+    end = time.perf_counter() + SECONDS
+    while len(seconds["ours"]) <= ROUNDS[0] or (time.perf_counter() < end and len(seconds["ours"]) <= ROUNDS[1]):
         for name, run in runs.items():
+            if seconds[name] and seconds[name][0] > SECONDS / 2:
+                continue  # once is enough
             started = time.perf_counter()
             step(*run)
-            seconds[name].append(time.perf_counter() - started)
-    median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    least = floor(BENCHMARKS[case], mode)
+            seconds[name].append(time.perf_counter() - started)  # the first warms up
+    median = {name: statistics.median(times[1:] or times) for name, times in seconds.items()}
+    least, (B, Q, M, D, P, *sizes, points) = floor(BENCHMARKS[case], mode), BENCHMARKS[case]
     benchmark.group = f"ms_deform_attn-{case}-{mode}"
     benchmark.extra_info.update(
         device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", threads=torch.get_num_threads(),
         torch=torch.__version__, dtype="float32", floor=least, seconds=median,
+        rounds=len(seconds["ours"]) - 1, sizes=dict(B=B, Q=Q, M=M, D=D, P=P, levels=sizes, points=points),
         times_ours={name: round(time / median["ours"], 2) for name, time in median.items()},
         gbytes_per_s=round(least["bytes"] / median["ours"] / 1e9, 2),
         gflops_per_s=round(least["flops"] / median["ours"] / 1e9, 2))
     print(f"\n{case} {mode}: " + ", ".join(f"{name} {1e3 * t:.1f} ms ({t / median['ours']:.2f}x)"
                                            for name, t in median.items()))
-    benchmark.pedantic(step, runs["ours"], rounds=ROUNDS)
+    benchmark.pedantic(step, runs["ours"], rounds=ROUNDS[0])

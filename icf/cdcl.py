@@ -55,11 +55,12 @@ class CDCL(nn.Module):
                     for name, x in points.items()}
             losses = {}
             for pair in self.config.pairs:
-                first, second = (pair[0], pair[1]) if pair == "va" else (pair[0], "l")
-                if pair != "va" and cf is not None and self.config.text_negatives == "cf":
-                    losses[pair] = self._against_texts(sets[first], sets["l"], cf, visual.shape[1], frame_mask)
-                else:
-                    losses[pair] = self._against_clips(sets[first], sets[second], positives, ignored)
+                x, y = sets[pair[0]], sets[pair[1]]
+                imagined = cf is not None and pair != "va" and self.config.text_negatives != "batch"
+                losses[pair] = (self._against_texts(x, y, cf, visual.shape[1], frame_mask) if imagined else
+                                self._against_clips(x, y, positives, ignored))
+                if imagined and self.config.text_negatives == "both":
+                    losses[pair] = losses[pair] + self._against_clips(x, y, positives, ignored)
             if residual and "va" in losses:
                 losses["va"] = losses["va"] + self._against_residual(points, frame_mask)
             statistics = {"alone": alone}

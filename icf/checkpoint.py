@@ -125,10 +125,10 @@ def load_weights(model: nn.Module, source: Path, *, strict: bool = True) -> list
 def load_model(source: Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config]:
     """The model of a weights file or run folder, without what only training needs, in ``eval()`` on ``device``, and its
     configuration."""
-    from .model import ICF
+    from .model import build_model
 
     cfg = read_config(source)
-    model = ICF(cfg.model, cfg.loss, cfg.objective, pretrained=False, inference=True)
+    model = build_model(cfg, pretrained=False, inference=True)
     load_weights(model, source)
     return model.to(device).eval(), cfg
 

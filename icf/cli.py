@@ -18,6 +18,7 @@ USAGE = """usage: icf COMMAND ...
 
   train [PRESET]       train a model, evaluate it on the test split and write a report
   evaluate RUN         score a run folder or weights file on a data set
+  export RUN FILE      write what inference needs of a run, without the training objective
   predict SOURCE       segment what sounds in a video, or in a folder of frames with a wav file
   data toy FOLDER      write the toy benchmark
   data check ROOT      validate a data set, file by file
@@ -73,6 +74,10 @@ def train(args: list[str]) -> None:
     own = command("train [PRESET]", "Train a model, evaluate it on the test split and write a report.",
                   f"PRESET is a YAML file or one of: {', '.join(presets())}. The default is {DEFAULT_PRESET}.")
     own.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    own.add_argument("--with-icf", action="store_true", help="--objective.enabled true, and -icf after the name of the "
+                     "preset's run folder: the objective for models that come without it, as toy-tpavi")
+    with_icf = "--with-icf" in args
+    args = [*args, *(["--objective.enabled=true"] if with_icf else [])]
 
     def base(options) -> str:
         if options.resume is None:
@@ -84,6 +89,8 @@ def train(args: list[str]) -> None:
     options, cfg = parse(own, args, base)
     from .train import train as run
     cfg.out = options.resume or cfg.out
+    if with_icf and not options.resume and not any(arg.startswith("--out") for arg in args):
+        cfg.out = cfg.out.with_name(f"{cfg.out.name}-icf")
     run(cfg, resume=options.resume is not None)
 
 
@@ -112,6 +119,16 @@ def evaluate(args: list[str]) -> None:
         return
     device = pick_device(options.device)
     run(load(options.target, device), cfg, options.split, cfg.out, device=device, save_masks=options.save_masks)
+
+
+def export(args: list[str]) -> None:
+    own = argparse.ArgumentParser(prog="icf export", description="Write what inference needs of a run folder or "
+                                  "weights file: no text tower, diffusion, contrast. `predict` and `evaluate` read it.")
+    own.add_argument("run", type=Path)
+    own.add_argument("file", type=Path, help=".safetensors")
+    options = own.parse_args(args)
+    from .checkpoint import export as run
+    run(options.run, options.file)
 
 
 def predict(args: list[str]) -> None:
@@ -258,8 +275,8 @@ def bench_report(args: list[str]) -> None:
 
 BENCH = {"run": bench_run, "report": bench_report}
 
-COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "data": data, "profile": profile, "bench": bench,
-            "info": info}
+COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "predict": predict, "data": data, "profile": profile,
+            "bench": bench, "info": info}
 
 
 def command(usage: str, description: str, epilog: str = "") -> argparse.ArgumentParser:

@@ -157,13 +157,20 @@ class LossConfig:
 
 @dataclass
 class ModelConfig:
-    """The network. `classes`: 1 for a single foreground (S4, MS3), else all classes with background (AVSS: 71)."""
+    """The network.
+
+    Args:
+        classes: 1 for a single foreground (S4, MS3), else all classes with background (AVSS: 71).
+        network: `icf`, or a model of others to which the objective may be added (Table 3): `tpavi`, AVSBench's, or
+            `avsegformer`. Of `decoder`, TPAVI takes `dim`, AVSegFormer the sizes; `context` is that of the objective.
+    """
 
     classes: int = 1
     visual: VisualConfig = field(default_factory=VisualConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    network: Literal["icf", "tpavi", "avsegformer"] = "icf"
 
 
 @dataclass
@@ -302,9 +309,12 @@ class CDCLConfig:
             but the clip itself (`diag`).
         theta, theta_low: see there.
         no_negatives: a clip that all others are positives of repels them nonetheless (`diag`), or is left out (`skip`).
-        text_negatives: counterfactuals (`cf`), or texts of other clips (`batch`), which stand in where there is no SC.
+        text_negatives: counterfactuals (`cf`) *(paper)*, texts of other clips (`batch`), which stand in where there is
+            no SC, or `both`: against its own counterfactuals alone, a text may be the same for all clips.
         weights: of counterfactuals, by their degree (`rho`) or by `alpha` alone.
         weight_sum: `one`, as printed: all negatives weigh as one; `keep`: each as one.
+        features: `after` the decoder's interaction of sight and sound *(paper)*, or `before` it, where neither holds
+            anything of the other, so that the contrast cannot be met by copying.
         visual_pool: vision is averaged where the model sees a foreground (`mask`), or everywhere (`gap`).
         gather: contrast with the clips of all processes.
     """
@@ -324,9 +334,10 @@ class CDCLConfig:
     theta: float = 0.9
     theta_low: float = 0.6
     no_negatives: Literal["diag", "skip"] = "diag"
-    text_negatives: Literal["cf", "batch"] = "cf"
+    text_negatives: Literal["cf", "batch", "both"] = "cf"
     weights: Literal["rho", "alpha"] = "rho"
     weight_sum: Literal["one", "keep"] = "one"
+    features: Literal["after", "before"] = "after"
     visual_pool: Literal["mask", "gap"] = "mask"
     gather: bool = True
 

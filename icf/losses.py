@@ -50,6 +50,18 @@ def dense_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
             "focal": _focal(entropy, target).sum() / count}
 
 
+def class_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """Cross entropy of classes, the mean over pixels, summed over heads.
+
+    Args:
+        logits: [P,N,K,h,w] of P heads, enlarged to the size of the masks.
+        masks: [N,H,W] uint8, class index, 255 where it is not known.
+    """
+    x = F.interpolate(logits.float().flatten(0, 1), size=masks.shape[1:], mode="bilinear", align_corners=False)
+    error = F.cross_entropy(x, masks.long().repeat(len(logits), 1, 1), ignore_index=IGNORE, reduction="sum")
+    return {"ce": error / (masks != IGNORE).sum().clamp(min=1)}
+
+
 def matched_losses(class_logits: Tensor, mask_logits: Tensor, masks: Tensor,
                    preset: str = "paper") -> dict[str, Tensor]:
     """Class, BCE and dice terms after Hungarian matching of queries to the classes of a frame, summed over heads.

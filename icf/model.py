@@ -18,11 +18,20 @@ from icf.objective import ICFObjective, Reading
 from icf.pixel_decoder import PixelDecoder
 
 if TYPE_CHECKING:
+    from icf.config import Config
     from icf.data import Batch
     from icf.sc import Counterfactuals
 
 SILENT = -20.0
 """Logit of a pixel of a padded frame."""
+
+
+def build_model(cfg: Config, pretrained: bool = True, inference: bool = False) -> nn.Module:
+    """The network that `model.network` names: `ICF`, or a host of its objective with the same interface."""
+    from icf.hosts import TPAVI, AVSegFormer
+
+    network = {"icf": ICF, "tpavi": TPAVI, "avsegformer": AVSegFormer}[cfg.model.network]
+    return network(cfg.model, cfg.loss, cfg.objective, pretrained, inference)
 
 
 class ICF(nn.Module):
@@ -85,7 +94,7 @@ class ICF(nn.Module):
         text = self._text(self._read(coarse, audio, clips), batch.real) if self.injected else None
         decoded = self.decoder(*self.pixel_decoder(maps), audio, batch.real, clips.mask, text=text)
         with torch.autocast(audio.device.type, enabled=False):
-            return clips.unpack(self._predict(decoded, batch.frames.shape[-2:]), self._background)
+            return clips.unpack(self._predict(decoded, batch.frames.shape[-2:]), background(self.classes))
 
     def _step(self, batch: Batch) -> Losses:
         """The path of training: encoders, MIT, SC, decoder, CDCL, loss."""
@@ -107,7 +116,11 @@ class ICF(nn.Module):
                 return losses
             if not contrasted:
                 return losses + self.objective.contrast(None, None, reading, cf)
-            seen, heard, where = (clips.unpack(x) for x in (decoded.pixels, decoded.audio[:, 0], decoded.foreground))
+            if self.objective.config.cdcl.features == "before":
+                seen, heard = clips.unpack(pixels), self.decoder.audio(audio)
+            else:
+                seen, heard = clips.unpack(decoded.pixels), clips.unpack(decoded.audio[:, 0])
+            where = clips.unpack(decoded.foreground)
             return losses + self.objective.contrast(seen, heard, reading, cf, clips.mask, where)  # CDCL, Eq. 19
 
     def _encode(self, batch: Batch, clips: Packing) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -152,12 +165,6 @@ class ICF(nn.Module):
                               for p, m in zip(classes, masks, strict=True)])  # frame by frame: Q maps of full size
         return torch.logit(scores, eps=1e-6) if self.classes == 1 else scores
 
-    @property
-    def _background(self) -> Tensor:
-        """What a pixel of a padded frame comes out as, [K,1,1]."""
-        value = [SILENT] if self.classes == 1 else [1.0] + [0.0] * (self.classes - 1)
-        return torch.tensor(value)[:, None, None]
-
 
 class Packing:
     """The real frames of B clips of T frames: [B,T,...] to [N,...] and back; free where all frames are real.
@@ -185,6 +192,12 @@ class Packing:
     def find(self, frames: Tensor) -> Tensor:
         """Places among the N packed frames of real frames, given by their places among the B*T."""
         return frames if self.mask is None else torch.searchsorted(self.real, frames)
+
+
+def background(classes: int) -> Tensor:
+    """What a pixel of a padded frame comes out as, [K,1,1]."""
+    value = [SILENT] if classes == 1 else [1.0] + [0.0] * (classes - 1)
+    return torch.tensor(value)[:, None, None]
 
 
 def _enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -29,7 +29,7 @@ from .checkpoint import CONFIG, WEIGHTS, load_weights, save_state, save_weights,
 from .config import Config, TrainConfig
 from .data import build_dataset, collate
 from .evaluate import evaluate, validate
-from .model import ICF
+from .model import build_model
 
 
 @dataclass
@@ -87,7 +87,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
     loader = build_loader(train_set, cfg, sampler)
 
     set_seed(cfg.train.seed)
-    model = ICF(cfg.model, cfg.loss, cfg.objective, pretrained=not resume)
+    model = build_model(cfg, pretrained=not resume)
     if cfg.train.init_from is not None and not resume:
         kept = load_weights(model, cfg.train.init_from, strict=False)
         accelerator.print(f"started from {cfg.train.init_from}" + (f"; new: {', '.join(kept)}" if kept else ""))
@@ -95,6 +95,8 @@ def train(cfg: Config, resume: bool = False) -> dict:
     optimizer = AdamW(parameter_groups(model, cfg.train), fused=accelerator.device.type == "cuda")
     schedule = LambdaLR(optimizer, lambda step: lr_factor(cfg.train, step, total_steps))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if cfg.objective.enabled and cfg.objective.mit.enabled:
+        accelerator.print(accelerator.unwrap_model(model).objective.mit.cost())
     progress = Progress()
     accelerator.register_for_checkpointing(schedule, progress)
     if resume:

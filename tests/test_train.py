@@ -80,6 +80,17 @@ def test_loaded_model_is_the_trained_one(finished):
     assert all(name.startswith("objective.") for name in saved.keys() - model.state_dict().keys())
 
 
+def test_export_holds_nothing_of_training_and_predicts_the_same(finished, tmp_path):
+    main(["export", str(finished.out), str(tmp_path / "slim.safetensors")])
+    slim = load_file(tmp_path / "slim.safetensors")
+    assert slim and not any(name.startswith("objective.") for name in slim)
+    assert len(slim) < len(load_file(finished.out / "best.safetensors"))
+    model, cfg = load_model(tmp_path / "slim.safetensors")
+    assert cfg == finished
+    for name, value in load_model(finished.out)[0].state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
 def test_evaluate_command_repeats_the_scores_beside_the_weights(finished, tmp_path):
     moved = shutil.copytree(finished.out, tmp_path / "moved")
     (moved / "results.json").unlink()

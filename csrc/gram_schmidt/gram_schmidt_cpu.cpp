@@ -11,29 +11,6 @@ namespace {
 constexpr int64_t kGrain = 32768;  // multiplications worth a thread
 constexpr int64_t kPanel = 4;      // rows that are projected together
 
-template <typename A>
-struct Simd {
-  typedef A Vec __attribute__((vector_size(32)));  // the clones for less or more than 256 bits split or keep it
-  static constexpr int64_t lanes = 32 / sizeof(A);
-};
-template <typename A>
-using Vec = typename Simd<A>::Vec;
-
-template <typename A>
-ICF_INLINE Vec<A> load(const A* x) {
-  Vec<A> v;
-  memcpy(&v, x, sizeof v);
-  return v;
-}
-
-template <typename V>
-ICF_INLINE auto sum_of(const V& v) {
-  auto total = v[0];
-#pragma GCC unroll 8
-  for (size_t i = 1; i < sizeof(V) / sizeof(total); ++i) total += v[i];
-  return total;
-}
-
 // out[r][c] = rows[r] . q[c]. Rows have `width` elements, a multiple of the lanes.
 template <int R, int C, typename A>
 ICF_INLINE void dot_tile(const A* rows, const A* q, int64_t width, A* out, int64_t stride) {
@@ -46,7 +23,7 @@ ICF_INLINE void dot_tile(const A* rows, const A* q, int64_t width, A* out, int64
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) out[r * stride + c] = sum_of(sum[r][c]);
+    for (int c = 0; c < C; ++c) out[r * stride + c] = sum_of<A>(sum[r][c]);
   }
 }
 
@@ -99,19 +76,6 @@ ICF_INLINE void subtract(A* rows, int64_t count, const A* q, int64_t n, int64_t 
   }
 }
 
-template <typename A>
-ICF_INLINE A square_of(const A* x, int64_t width) {
-  constexpr int64_t lanes = Simd<A>::lanes;
-  Vec<A> sum[4] = {};
-  int64_t j = 0;
-  for (; j + 4 * lanes <= width; j += 4 * lanes) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) sum[i] += load(x + j + i * lanes) * load(x + j + i * lanes);
-  }
-  for (; j < width; j += lanes) sum[0] += load(x + j) * load(x + j);
-  return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
 // The rows of q, n x width, become orthonormal; l, n x n, is what they were made of: q before = l q after.
 template <typename A>
 ICF_SIMD void orthonormalise(A* q, A* l, int64_t n, int64_t width, A rank_tol, A threshold, A* again) {
@@ -120,7 +84,7 @@ ICF_SIMD void orthonormalise(A* q, A* l, int64_t n, int64_t width, A rank_tol, A
     const int64_t count = std::min(kPanel, n - start);
     A *panel = q + start * width, before[kPanel], scale[kPanel];
     for (int64_t r = 0; r < count; ++r) {
-      A square = square_of(panel + r * width, width);
+      A square = dot(panel + r * width, panel + r * width, width);
       scale[r] = rescale(panel + r * width, square, width);
       before[r] = std::sqrt(square);
     }
@@ -131,12 +95,12 @@ ICF_SIMD void orthonormalise(A* q, A* l, int64_t n, int64_t width, A rank_tol, A
       A *v = q + k * width, *coefficients = l + k * n;
       dots(v, 1, panel, r, width, coefficients + start, n);
       subtract(v, 1, panel, r, width, coefficients + start, n);
-      A length = std::sqrt(square_of(v, width));
+      A length = std::sqrt(dot(v, v, width));
       if (k > 0 && length < threshold * before[r]) {
         dots(v, 1, q, k, width, again, n);
         subtract(v, 1, q, k, width, again, n);
         for (int64_t i = 0; i < k; ++i) coefficients[i] += again[i];
-        length = std::sqrt(square_of(v, width));
+        length = std::sqrt(dot(v, v, width));
       }
       const bool dropped = length <= rank_tol * before[r];  // not a row with a NaN
       if (dropped) {
@@ -176,7 +140,7 @@ template <typename From, typename To>
 void copy_rows(const From* from, int64_t from_width, To* to, int64_t to_width, int64_t rows) {
   const int64_t d = std::min(from_width, to_width);
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < d; ++j) to[i * to_width + j] = To(from[i * from_width + j]);
+    std::copy_n(from + i * from_width, d, to + i * to_width);
     std::fill(to + i * to_width + d, to + (i + 1) * to_width, To(0));
   }
 }
@@ -187,7 +151,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& vectors, double rank_tol, doubl
   const int64_t n = vectors.size(-2), d = vectors.size(-1), batch = n * d ? vectors.numel() / (n * d) : 0;
   const auto type = wide(vectors.scalar_type());
   std::vector<int64_t> shape(vectors.sizes().begin(), vectors.sizes().end());
-  Tensor q = torch::stable::new_empty(vectors, shape, type);
+  Tensor q = new_result(vectors, shape, type);
   shape.back() = n;
   if (!keep_l) shape = {0};
   Tensor l = torch::stable::new_empty(vectors, shape, type);
@@ -218,6 +182,7 @@ Tensor backward(const Tensor& grad, const Tensor& q, const Tensor& l) {
   STD_TORCH_CHECK(l.numel() * d == q.numel() * n && l.scalar_type() == q.scalar_type(),
                   "l must be [*, n, n] and of the dtype of q");
   Tensor out = torch::stable::empty_like(q);
+  prefer_huge_pages(out);
   dispatch_floating(q.scalar_type(), "gram_schmidt_backward", [&](auto zero) {
     using A = acc_t<decltype(zero)>;
     const int64_t width = padded<A>(d);

@@ -1,15 +1,19 @@
 // What the CPU kernels of this room share: loops over one row, part of the ICF_SIMD clones that call them.
 #pragma once
+#include "common/pages.h"
 #include "common/tensor.h"
 #include "gram_schmidt/gram_schmidt_math.h"
 
 #include <algorithm>
+#include <cstring>
+#include <vector>
 
 namespace icf {
 
-constexpr auto wide(torch::headeronly::ScalarType type) {  // the dtype computed in
-  using torch::headeronly::ScalarType;
-  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, torch::headeronly::ScalarType type) {
+  Tensor result = torch::stable::new_empty(like, shape, type);
+  prefer_huge_pages(result);
+  return result;
 }
 
 template <typename T>
@@ -30,11 +34,61 @@ ICF_INLINE torch::headeronly::BFloat16 round_to(float x) {  // as the constructo
 }
 
 template <typename A>
+struct Simd {
+  typedef A Vec __attribute__((vector_size(32)));  // the clones for less or more than 256 bits split or keep it
+  static constexpr int64_t lanes = 32 / sizeof(A);
+};
+template <typename A>
+using Vec = typename Simd<A>::Vec;
+
+template <typename A>
+ICF_INLINE Vec<A> load(const A* x) {
+  Vec<A> v;
+  memcpy(&v, x, sizeof v);
+  return v;
+}
+
+template <typename A>
+ICF_INLINE A sum_of(const Vec<A>& v) {  // in halves: one element after the other would wait for each addition
+  typedef A Half __attribute__((vector_size(16)));
+  Half half[2];
+  memcpy(half, &v, sizeof v);
+  half[0] += half[1];
+  if constexpr (sizeof(A) == 8) return half[0][0] + half[0][1];
+  else return (half[0][0] + half[0][2]) + (half[0][1] + half[0][3]);
+}
+
+// x . y and x . z, in four sums each: one would wait for itself.
+template <typename A>
+ICF_INLINE void dot_both(const A* x, const A* y, const A* z, int64_t d, A& xy, A& xz) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  Vec<A> with_y[4] = {}, with_z[4] = {};
+  int64_t j = 0;
+  for (; j + 4 * lanes <= d; j += 4 * lanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Vec<A> part = load(x + j + i * lanes);
+      with_y[i] += part * load(y + j + i * lanes);
+      with_z[i] += part * load(z + j + i * lanes);
+    }
+  }
+  for (; j + lanes <= d; j += lanes) {
+    with_y[0] += load(x + j) * load(y + j);
+    with_z[0] += load(x + j) * load(z + j);
+  }
+  xy = sum_of<A>((with_y[0] + with_y[1]) + (with_y[2] + with_y[3]));
+  xz = sum_of<A>((with_z[0] + with_z[1]) + (with_z[2] + with_z[3]));
+  for (; j < d; ++j) {
+    xy += x[j] * y[j];
+    xz += x[j] * z[j];
+  }
+}
+
+template <typename A>
 ICF_INLINE A dot(const A* x, const A* y, int64_t d) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < d; ++j) sum += x[j] * y[j];
-  return sum;
+  A xy, unused;
+  dot_both(x, y, y, d, xy, unused);  // the second is left out by the compiler
+  return xy;
 }
 
 // Scales a row whose square would under- or overflow so that its largest element is 1. Returns the scale.

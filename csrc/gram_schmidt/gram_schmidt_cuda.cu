@@ -1,39 +1,10 @@
 #include "common/cuda.h"
-#include "gram_schmidt/gram_schmidt_math.h"
+#include "gram_schmidt/gram_schmidt_cuda.h"
 
-#include <algorithm>
 #include <vector>
 
 namespace icf {
 namespace {
-
-constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int64_t kShared = 48 << 10;  // bytes of shared memory that need no permission
-
-template <typename A>
-__device__ __forceinline__ A sum_warp(A x) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
-
-// Combines a value of each thread of the block; ends with every thread past a barrier.
-template <typename A, typename F>
-__device__ A reduce_block(A x, A* partial, F combine) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) x = combine(x, __shfl_xor_sync(~0u, x, step));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = partial[0];
-  for (int i = 1; i < kWarps; ++i) x = combine(x, partial[i]);
-  return x;
-}
-
-template <typename A>
-__device__ A sum_block(A x, A* partial) {
-  return reduce_block(x, partial, [](A a, A b) { return a + b; });
-}
 
 // out[i] = rows[i] . v for each i < count, a warp at a time; ends with a barrier.
 template <typename A>
@@ -58,27 +29,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const T* vectors, A* 
   A *result = q_out + matrix * n * d, *q = in_shared ? partial + kWarps : result;
   A* l = l_out ? l_out + matrix * n * n : nullptr;
   for (int64_t k = 0; k < n; ++k) {
-    const T* from = vectors + (matrix * n + k) * d;
-    A *v = q + k * d, square = 0, largest = 0, scale = 1;
-    for (int64_t j = threadIdx.x; j < d; j += kThreads) {
-      v[j] = A(from[j]);
-      square += v[j] * v[j];
-      largest = fabs(v[j]) > largest ? fabs(v[j]) : largest;
-    }
-    square = sum_block(square, partial);
-    if (needs_scaling(square)) {
-      largest = reduce_block(largest, partial, [](A a, A b) { return a > b ? a : b; });
-      if (largest > 0 && largest <= std::numeric_limits<A>::max()) {
-        constexpr A least = std::numeric_limits<A>::min();
-        scale = 1 / (largest > least ? largest : least);
-        square = 0;
-        for (int64_t j = threadIdx.x; j < d; j += kThreads) {
-          v[j] *= scale;
-          square += v[j] * v[j];
-        }
-        square = sum_block(square, partial);
-      }
-    }
+    A *v = q + k * d, square;
+    const A scale = load_scaled(vectors + (matrix * n + k) * d, v, d, square, partial);
     const A before = sqrt(square);
     A length = before;
     if (l) {
@@ -137,11 +89,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const A* grads, cons
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& vectors, double rank_tol, double threshold, bool keep_l) {
-  using torch::headeronly::ScalarType;
   ICF_CHECK_CONTIGUOUS(vectors);
   STD_TORCH_CHECK(vectors.dim() >= 2, "vectors must be [*, n, d]");
   const int64_t n = vectors.size(-2), d = vectors.size(-1);
-  const auto type = vectors.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const auto type = wide(vectors.scalar_type());
   std::vector<int64_t> shape(vectors.sizes().begin(), vectors.sizes().end());
   Tensor q = torch::stable::new_empty(vectors, shape, type);
   shape.back() = n;

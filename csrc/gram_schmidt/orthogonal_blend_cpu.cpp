@@ -1,4 +1,4 @@
-#include "common/tensor.h"
+#include "gram_schmidt/gram_schmidt_args.h"
 #include "gram_schmidt/gram_schmidt_cpu.h"
 
 #include <algorithm>
@@ -11,12 +11,6 @@ namespace icf {
 namespace {
 
 constexpr int64_t kGrain = 8192;  // elements worth a thread
-
-struct Options {
-  int64_t d, kind, shared, inner;  // output row (i, k, j) belongs to row i * inner + j of z
-  uint64_t seed;
-  bool restore_norm;
-};
 
 int64_t padded(int64_t d) { return (d + 127) / 128 * 128; }  // what fill_noise may write
 
@@ -63,7 +57,42 @@ __attribute__((target("avx2"))) void philox_block_avx2(uint64_t seed, uint64_t r
   }
 }
 
-const auto philox_words_of = __builtin_cpu_supports("avx2") ? philox_block_avx2 : philox_block;
+// The same with 512 bits, of which a third operand of xor comes for nothing.
+__attribute__((target("avx512f"))) void philox_block_avx512(uint64_t seed, uint64_t row, uint32_t first,
+                                                            int64_t counters, Words& w) {
+  const __m512i m0 = _mm512_set1_epi64(0xD2511F53u), m1 = _mm512_set1_epi64(0xCD9E8D57u);
+  for (int64_t q = 0; q < counters; q += 16) {
+    __m512i c[2][4];
+    for (int odd = 0; odd < 2; ++odd) {
+      const __m512i step = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+      c[odd][0] = _mm512_add_epi64(_mm512_set1_epi64(int64_t(first) + q + odd), step);
+      c[odd][1] = _mm512_set1_epi64(uint32_t(row));
+      c[odd][2] = _mm512_set1_epi64(row >> 32);
+      c[odd][3] = _mm512_setzero_si512();
+    }
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+#pragma GCC unroll 7
+    for (int round = 0; round < 7; ++round) {
+      for (auto& x : c) {
+        const __m512i p0 = _mm512_mul_epu32(x[0], m0), p1 = _mm512_mul_epu32(x[2], m1);
+        x[0] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), x[1], _mm512_set1_epi64(k0), 0x96);
+        x[1] = p1;
+        x[2] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), x[3], _mm512_set1_epi64(k1), 0x96);
+        x[3] = p0;
+      }
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512i words = _mm512_mask_blend_epi32(0xAAAA, c[0][i], _mm512_slli_epi64(c[1][i], 32));
+      _mm512_storeu_si512(w[i] + q, words);
+    }
+  }
+}
+
+const auto philox_words_of = __builtin_cpu_supports("avx512f") ? philox_block_avx512
+                             : __builtin_cpu_supports("avx2")  ? philox_block_avx2
+                                                               : philox_block;
 #else
 const auto philox_words_of = philox_block;
 #endif
@@ -103,33 +132,28 @@ ICF_INLINE BlendRow<acc_t<T>> load_row(const T* from, acc_t<T>* z, int64_t d) {
 }
 
 template <typename A>
-ICF_INLINE void project_noise(const A* noise, const A* z, A* p, uint64_t index, const Options& o, BlendRow<A>& row) {
+ICF_INLINE void project_noise(const A* noise, const A* z, A* p, uint64_t index, const BlendOptions& o, BlendRow<A>& row) {
   if (o.kind == kGiven) {
     convert(noise + index * o.d, p, o.d);
   } else {
-    fill_noise(p, o.d, o.seed, index, o.kind);
+    fill_noise(p, o.d, uint64_t(*o.seed), index, o.kind);
   }
-  A pp = 0, pz = 0;
-#pragma omp simd reduction(+ : pp, pz)
-  for (int64_t j = 0; j < o.d; ++j) {
-    pp += p[j] * p[j];
-    pz += p[j] * z[j];
-  }
+  A pp, pz;
+  dot_both(p, p, z, o.d, pp, pz);
   if (o.kind == kGiven && rescale(p, pp, o.d) != 1) pz = dot(p, z, o.d);
   row.kappa = 0;
   row.rr = pp;
   if (needs_projection(row.zz, pz, pp)) {
     row.kappa = pz / row.zz;
     for (int64_t j = 0; j < o.d; ++j) p[j] -= row.kappa * z[j];
-    pp = dot(p, p, o.d);
-    pz = dot(p, z, o.d);
+    dot_both(p, p, z, o.d, pp, pz);
   }
   row.pp = pp;
   row.pz = pz;
 }
 
 template <typename T, typename A = acc_t<T>>
-ICF_SIMD void forward_rows(const T* z, const A* ratio, const A* noise, T* out, Options o, int64_t begin, int64_t end,
+ICF_SIMD void forward_rows(const T* z, const A* ratio, const A* noise, T* out, BlendOptions o, int64_t begin, int64_t end,
                            A* zs, A* p) {
   for (int64_t i = begin; i < end; ++i) {
     BlendRow<A> row = load_row(z + (i / (o.shared * o.inner) * o.inner + i % o.inner) * o.d, zs, o.d);
@@ -145,7 +169,7 @@ ICF_SIMD void forward_rows(const T* z, const A* ratio, const A* noise, T* out, O
 // Over rows of z, so that each thread adds up the gradients of the rows that it owns.
 template <typename T, typename A = acc_t<T>>
 ICF_SIMD void backward_rows(const T* grad, const T* z, const A* ratio, const A* noise, T* grad_z, A* grad_ratio,
-                            Options o, int64_t begin, int64_t end, A* zs, A* p, A* g, A* sum) {
+                            BlendOptions o, int64_t begin, int64_t end, A* zs, A* p, A* g, A* sum) {
   for (int64_t i = begin; i < end; ++i) {
     BlendRow<A> row = load_row(z + i * o.d, zs, o.d);
     for (int64_t j = 0; j < o.d; ++j) sum[j] = 0;
@@ -153,12 +177,8 @@ ICF_SIMD void backward_rows(const T* grad, const T* z, const A* ratio, const A* 
       const int64_t index = (i / o.inner * o.shared + k) * o.inner + i % o.inner;
       project_noise(noise, zs, p, index, o, row);
       convert(grad + index * o.d, g, o.d);
-      A gz = 0, gp = 0, g_coef, z_coef, p_coef;
-#pragma omp simd reduction(+ : gz, gp)
-      for (int64_t j = 0; j < o.d; ++j) {
-        gz += g[j] * zs[j];
-        gp += g[j] * p[j];
-      }
+      A gz, gp, g_coef, z_coef, p_coef;
+      dot_both(g, zs, p, o.d, gz, gp);
       blend_backward(row, ratio[index], o.restore_norm, gz, gp, g_coef, z_coef, p_coef, grad_ratio[index]);
 #pragma omp simd
       for (int64_t j = 0; j < o.d; ++j) sum[j] += g_coef * g[j] + z_coef * zs[j] + p_coef * p[j];
@@ -177,33 +197,11 @@ ICF_SIMD void noise_rows(T* out, uint64_t seed, int64_t kind, int64_t d, int64_t
   }
 }
 
-Options check(const Tensor& z, const Tensor& ratio, const Tensor& noise, const std::vector<int64_t>& options) {
-  using torch::headeronly::ScalarType;
-  ICF_CHECK_CONTIGUOUS(z);
-  ICF_CHECK_CONTIGUOUS(ratio);
-  ICF_CHECK_CONTIGUOUS(noise);
-  STD_TORCH_CHECK(z.dim() > 0 && options.size() == 4, "z must be [*, d], and options four");
-  const int64_t d = z.size(-1), kind = options[0], shared = options[1], inner = options[2];
-  STD_TORCH_CHECK(shared > 0 && inner > 0 && z.numel() * shared == ratio.numel() * d &&
-                      ratio.numel() % (shared * inner) == 0,
-                  "ratio must have ", shared, " elements per row of z");
-  STD_TORCH_CHECK(ratio.scalar_type() == wide(z.scalar_type()), "ratio must be of the dtype computed in");
-  if (kind == kGiven) {
-    STD_TORCH_CHECK(noise.numel() == ratio.numel() * d && noise.scalar_type() == ratio.scalar_type(),
-                    "noise must be of the shape of the result and of the dtype of ratio");
-    return {d, kind, shared, inner, 0, options[3] != 0};
-  }
-  STD_TORCH_CHECK((kind == kGaussian || kind == kRademacher) && noise.numel() == 1 &&
-                      noise.scalar_type() == ScalarType::Long,
-                  "noise must be a seed, an int64 tensor of one element");
-  return {d, kind, shared, inner, uint64_t(*noise.const_data_ptr<int64_t>()), options[3] != 0};
-}
-
 Tensor forward(const Tensor& z, const Tensor& ratio, const Tensor& noise, std::vector<int64_t> options) {
-  const Options o = check(z, ratio, noise, options);
+  const BlendOptions o = check_blend(z, ratio, noise, options);
   std::vector<int64_t> shape(ratio.sizes().begin(), ratio.sizes().end());
   shape.push_back(o.d);
-  Tensor out = torch::stable::new_empty(z, shape);
+  Tensor out = new_result(z, shape, z.scalar_type());
   dispatch_floating(z.scalar_type(), "orthogonal_blend", [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
@@ -219,11 +217,10 @@ Tensor forward(const Tensor& z, const Tensor& ratio, const Tensor& noise, std::v
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const Tensor& ratio, const Tensor& noise,
                                     std::vector<int64_t> options) {
-  const Options o = check(z, ratio, noise, options);
-  ICF_CHECK_CONTIGUOUS(grad);
-  STD_TORCH_CHECK(grad.numel() == ratio.numel() * o.d && grad.scalar_type() == z.scalar_type(),
-                  "grad must be of the shape of the result and of the dtype of z");
+  const BlendOptions o = check_blend(z, ratio, noise, options);
+  check_blend_grad(grad, z, ratio, o);
   Tensor grad_z = torch::stable::empty_like(z), grad_ratio = torch::stable::empty_like(ratio);
+  prefer_huge_pages(grad_z);
   dispatch_floating(z.scalar_type(), "orthogonal_blend_backward", [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
@@ -240,9 +237,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const T
 }
 
 Tensor philox_noise(const Tensor& seed, std::vector<int64_t> shape, int64_t kind) {
-  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == torch::headeronly::ScalarType::Long && !shape.empty(),
-                  "seed must be an int64 tensor of one element, and shape not empty");
-  Tensor out = torch::stable::new_empty(seed, shape, torch::headeronly::ScalarType::Float);
+  check_seed(seed);
+  STD_TORCH_CHECK(!shape.empty(), "shape must not be empty");
+  Tensor out = new_result(seed, shape, torch::headeronly::ScalarType::Float);
   const int64_t d = shape.back(), rows = d ? out.numel() / d : 0;
   torch::stable::parallel_for(0, rows, kGrain / (d + 1) + 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(padded(d));

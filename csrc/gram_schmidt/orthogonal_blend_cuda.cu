@@ -1,5 +1,5 @@
 #include "common/cuda.h"
-#include "gram_schmidt/gram_schmidt_math.h"
+#include "gram_schmidt/gram_schmidt_args.h"
 
 #include <vector>
 
@@ -9,10 +9,8 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kWidest = 1024;  // elements of a row, held in the registers of a warp
 
-struct Options {
-  int64_t d, kind, shared, inner;  // output row (i, k, j) belongs to row i * inner + j of z
-  const int64_t* seed;
-  bool restore_norm, aligned;  // aligned: all rows may be read four elements at a time
+struct Options : BlendOptions {
+  bool aligned;  // all rows may be read four elements at a time
 };
 
 template <typename T>
@@ -243,28 +241,9 @@ bool aligned_rows(int64_t d, size_t bytes, P... pointers) {
 }
 
 Options check(const Tensor& z, const Tensor& ratio, const Tensor& noise, const std::vector<int64_t>& options) {
-  using torch::headeronly::ScalarType;
-  ICF_CHECK_CONTIGUOUS(z);
-  ICF_CHECK_CONTIGUOUS(ratio);
-  ICF_CHECK_CONTIGUOUS(noise);
-  STD_TORCH_CHECK(z.dim() > 0 && options.size() == 4, "z must be [*, d], and options four");
-  const int64_t d = z.size(-1), kind = options[0], shared = options[1], inner = options[2];
-  STD_TORCH_CHECK(d <= kWidest, "z must have rows of at most ", kWidest, " elements");
-  STD_TORCH_CHECK(shared > 0 && inner > 0 && z.numel() * shared == ratio.numel() * d &&
-                      ratio.numel() % (shared * inner) == 0,
-                  "ratio must have ", shared, " elements per row of z");
-  const auto type = z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(ratio.scalar_type() == type && ratio.device() == z.device() && noise.device() == z.device(),
-                  "ratio must be of the dtype computed in, and ratio and noise on the device of z");
-  if (kind == kGiven) {
-    STD_TORCH_CHECK(noise.numel() == ratio.numel() * d && noise.scalar_type() == type,
-                    "noise must be of the shape of the result and of the dtype of ratio");
-    return {d, kind, shared, inner, nullptr, options[3] != 0, false};
-  }
-  STD_TORCH_CHECK((kind == kGaussian || kind == kRademacher) && noise.numel() == 1 &&
-                      noise.scalar_type() == ScalarType::Long,
-                  "noise must be a seed, an int64 tensor of one element");
-  return {d, kind, shared, inner, noise.const_data_ptr<int64_t>(), options[3] != 0, false};
+  const Options o{check_blend(z, ratio, noise, options), false};
+  STD_TORCH_CHECK(o.d <= kWidest, "z must have rows of at most ", kWidest, " elements");
+  return o;
 }
 
 int blocks(int64_t threads) { return static_cast<int>((threads + kThreads - 1) / kThreads); }
@@ -295,10 +274,7 @@ Tensor forward(const Tensor& z, const Tensor& ratio, const Tensor& noise, std::v
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const Tensor& ratio, const Tensor& noise,
                                     std::vector<int64_t> options) {
   Options o = check(z, ratio, noise, options);
-  ICF_CHECK_CONTIGUOUS(grad);
-  STD_TORCH_CHECK(grad.numel() == ratio.numel() * o.d && grad.scalar_type() == z.scalar_type() &&
-                      grad.device() == z.device(),
-                  "grad must be of the shape of the result, and of the dtype and on the device of z");
+  check_blend_grad(grad, z, ratio, o);
   Tensor grad_z = torch::stable::empty_like(z), grad_ratio = torch::stable::empty_like(ratio);
   if (z.numel() == 0) return {grad_z, grad_ratio};
   const DeviceGuard guard(z.get_device_index());
@@ -320,8 +296,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const T
 }
 
 Tensor philox_noise(const Tensor& seed, std::vector<int64_t> shape, int64_t kind) {
-  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == torch::headeronly::ScalarType::Long && !shape.empty(),
-                  "seed must be an int64 tensor of one element, and shape not empty");
+  check_seed(seed);
+  STD_TORCH_CHECK(!shape.empty(), "shape must not be empty");
   Tensor out = torch::stable::new_empty(seed, shape, torch::headeronly::ScalarType::Float);
   if (out.numel() == 0) return out;
   const DeviceGuard guard(seed.get_device_index());

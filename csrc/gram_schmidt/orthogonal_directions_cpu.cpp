@@ -1,4 +1,4 @@
-#include "common/tensor.h"
+#include "gram_schmidt/gram_schmidt_args.h"
 #include "gram_schmidt/gram_schmidt_cpu.h"
 
 #include <algorithm>
@@ -37,8 +37,10 @@ ICF_SIMD void direction_rows(const T* z, T* out, uint64_t seed, int64_t k, int64
     for (int64_t q = 0; q < (d + 127) / 128; ++q) {
       uint32_t word[4];
       philox_words(seed, i, uint32_t(q), 0, word[0], word[1], word[2], word[3]);
-      for (int64_t j = 128 * q; j < std::min(d, 128 * (q + 1)); ++j) {
-        signs[j] = word[j % 128 / 32] >> (j % 32) & 1 ? -size : size;
+      for (int64_t first = 128 * q; first < std::min(d, 128 * (q + 1)); first += 32) {
+        const uint32_t bits = word[first % 128 / 32];
+#pragma omp simd
+        for (int64_t j = 0; j < std::min<int64_t>(32, d - first); ++j) signs[first + j] = bits >> j & 1 ? -size : size;
       }
     }
     for (int64_t j = 0; j < d; ++j) {
@@ -46,19 +48,18 @@ ICF_SIMD void direction_rows(const T* z, T* out, uint64_t seed, int64_t k, int64
       cosine[j] = w[j] * signs[j];
     }
     hadamard_transform(cosine, d);
-    uint32_t first, step, unused2, unused3;
-    philox_words(seed, i, 0, 1, first, step, unused2, unused3);
+    const HadamardRows rows(seed, i, d);
+    const A c0 = cosine[rows[0]];
     for (int64_t row = 0; row <= k; ++row) {
-      const uint32_t index = (first + uint32_t(row) * (step | 1u)) & uint32_t(d - 1);
-      const A c0 = cosine[first & uint32_t(d - 1)];
+      const uint32_t index = rows[row];
       A lane[B], weight = row ? cosine[index] / (1 + std::abs(c0)) : A(-1);
-      for (int b = 0; b < B; ++b) lane[b] = __builtin_popcount(index & uint32_t(b)) % 2 ? A(-1) : A(1);
+      for (int b = 0; b < B; ++b) lane[b] = hadamard_negative(index, uint32_t(b)) ? A(-1) : A(1);
       if (row == 0 && c0 > 0) {
         for (int b = 0; b < B; ++b) lane[b] = -lane[b];
       }
       T* y = out + (i * k + row - 1) * d;
       for (int64_t j = 0; j < d; j += B) {
-        const A sign = __builtin_popcount(index & uint32_t(j)) % 2 ? A(-1) : A(1);
+        const A sign = hadamard_negative(index, uint32_t(j)) ? A(-1) : A(1);
 #pragma omp simd
         for (int b = 0; b < B; ++b) {
           const A value = signs[j + b] * (lane[b] * sign) + weight * w[j + b];
@@ -71,15 +72,8 @@ ICF_SIMD void direction_rows(const T* z, T* out, uint64_t seed, int64_t k, int64
 }
 
 Tensor directions(const Tensor& z, const Tensor& seed, int64_t k) {
-  ICF_CHECK_CONTIGUOUS(z);
-  const int64_t d = z.dim() ? z.size(-1) : 0;
-  STD_TORCH_CHECK(d > 1 && (d & (d - 1)) == 0 && d < (int64_t(1) << 31) && k >= 0 && k < d,
-                  "z must be [*, d] with d a power of two above k");
-  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "seed must be an int64 tensor of one element");
-  std::vector<int64_t> shape(z.sizes().begin(), z.sizes().end());
-  shape.insert(shape.end() - 1, k);
-  Tensor out = torch::stable::new_empty(z, shape);
+  Tensor out = new_result(z, check_directions(z, seed, k), z.scalar_type());
+  const int64_t d = z.size(-1);
   const uint64_t key = uint64_t(*seed.const_data_ptr<int64_t>());
   dispatch_floating(z.scalar_type(), "orthogonal_directions", [&](auto zero) {
     using T = decltype(zero);

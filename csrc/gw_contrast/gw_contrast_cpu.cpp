@@ -173,7 +173,7 @@ ICF_SIMD void means_range(const T* x_mean, const T* y_mean, const T* x_trace, co
 
 // One vector of pairs, from `first`. ROWS >= COLS, or both 0 where they are not known when compiled.
 template <int ROWS, int COLS, typename V, typename T = lane_t<V>>
-ICF_MATH void one_vector(const Pairs<T>& pairs, int64_t first, int64_t end, V* a, V* v, V* norm) {
+ICF_INLINE void one_vector(const Pairs<T>& pairs, int64_t first, int64_t end, V* a, V* v, V* norm) {
   constexpr int kWidth = kLanes<V>;
   const bool tall = pairs.m >= pairs.n;
   const int rows = ROWS ? ROWS : tall ? pairs.m : pairs.n, cols = COLS ? COLS : tall ? pairs.n : pairs.m;
@@ -213,7 +213,7 @@ ICF_MATH void one_vector(const Pairs<T>& pairs, int64_t first, int64_t end, V* a
 }
 
 template <typename T, int BYTES>
-ICF_MATH void pairs_body(const Pairs<T>& pairs, int64_t begin, int64_t end) {
+ICF_INLINE void pairs_body(const Pairs<T>& pairs, int64_t begin, int64_t end) {
   using V = typename Vector<T, BYTES>::type;
   const int rows = std::max(pairs.m, pairs.n), cols = std::min(pairs.m, pairs.n);
   if (cols == 0) return;

@@ -1,17 +1,17 @@
 // The arithmetic of one pair: scaling, one-sided Jacobi, spectral weights. V is a number, or on the host a vector of
 // them (GCC's vector extension) with one pair per lane; the CUDA kernels and the CPU's run this same text.
 #pragma once
+#include "common/inline.h"
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 #if defined(__CUDACC__)
-#define ICF_MATH __host__ __device__ __forceinline__
 #define ICF_UNROLL _Pragma("unroll")  // registers are not indexed: a kernel's loops over a matrix have to unroll
 #define ICF_ROLLED _Pragma("unroll 1")
 #else
-#define ICF_MATH inline __attribute__((always_inline))
 #define ICF_UNROLL
 #define ICF_ROLLED
 #endif
@@ -38,7 +38,7 @@ template <typename V>
 constexpr int kSweeps = std::is_same_v<lane_t<V>, double> ? 16 : 12;  // twice what random matrices of order 30 take
 
 template <typename V>
-ICF_MATH V square_root(const V& x) {
+ICF_INLINE V square_root(const V& x) {
   if constexpr (std::is_arithmetic_v<V>) {
     return sqrt(x);
   } else {
@@ -49,7 +49,7 @@ ICF_MATH V square_root(const V& x) {
 }
 
 template <typename V>
-ICF_MATH V log_1p(const V& x) {
+ICF_INLINE V log_1p(const V& x) {
   if constexpr (std::is_arithmetic_v<V>) {
     return log1p(x);
   } else {
@@ -60,7 +60,7 @@ ICF_MATH V log_1p(const V& x) {
 }
 
 template <typename M>
-ICF_MATH bool any(const M& mask) {
+ICF_INLINE bool any(const M& mask) {
   if constexpr (std::is_arithmetic_v<M>) {
     return mask;
   } else {
@@ -71,13 +71,13 @@ ICF_MATH bool any(const M& mask) {
 }
 
 template <typename V>
-ICF_MATH V magnitude(const V& x) {
+ICF_INLINE V magnitude(const V& x) {
   return x < 0 ? -x : x;
 }
 
 // 2^-floor(log2 x) for x >= 0, kept in the normal range: what brings x into [1, 2) without rounding.
 template <typename V>
-ICF_MATH V inverse_power_of_two(const V& x) {
+ICF_INLINE V inverse_power_of_two(const V& x) {
   using S = lane_t<V>;
   using Int = std::conditional_t<std::is_same_v<S, double>, int64_t, int32_t>;
   constexpr int kMantissa = std::is_same_v<S, double> ? 52 : 23;
@@ -99,7 +99,7 @@ ICF_MATH V inverse_power_of_two(const V& x) {
 
 // The tournament: in each of `players - 1` rounds (players even), `players / 2` disjoint pairs; after all of them each two
 // have met once. Rotations of one round do not depend on one another.
-ICF_MATH void tournament_pair(int round, int table, int players, int& p, int& q) {
+ICF_INLINE void tournament_pair(int round, int table, int players, int& p, int& q) {
   const int ring = players - 1;
   p = (round + table) % ring;
   q = table == 0 ? ring : (round - table + ring) % ring;
@@ -112,7 +112,7 @@ ICF_MATH void tournament_pair(int round, int table, int players, int& p, int& q)
 
 // The plane rotation that makes two columns orthogonal, from their squared norms a, b and product g: tangent, cosine.
 template <typename V>
-ICF_MATH auto rotation(const V& a, const V& b, const V& g, V& tangent, V& cosine) {
+ICF_INLINE auto rotation(const V& a, const V& b, const V& g, V& tangent, V& cosine) {
   using S = lane_t<V>;
   constexpr S kTolerance = 2 * kEpsilon<V>;  // |g| / sqrt(a b) that counts as orthogonal
   constexpr S kTiny = std::is_same_v<S, double> ? S(1e-300) : S(1e-36);
@@ -128,7 +128,7 @@ ICF_MATH auto rotation(const V& a, const V& b, const V& g, V& tangent, V& cosine
 
 // The rotation that makes two columns orthogonal; their squared norms follow it.
 template <int ROWS, typename V>
-ICF_MATH auto angle(const V* x, const V* y, int rows, V& x_norm, V& y_norm, V& cosine, V& sine) {
+ICF_INLINE auto angle(const V* x, const V* y, int rows, V& x_norm, V& y_norm, V& cosine, V& sine) {
   V g = V{};
   ICF_UNROLL
   for (int r = 0; r < (ROWS ? ROWS : rows); ++r) g += x[r] * y[r];
@@ -140,7 +140,7 @@ ICF_MATH auto angle(const V* x, const V* y, int rows, V& x_norm, V& y_norm, V& c
 }
 
 template <int ROWS, typename V>
-ICF_MATH void turn(V* x, V* y, int rows, const V& cosine, const V& sine) {
+ICF_INLINE void turn(V* x, V* y, int rows, const V& cosine, const V& sine) {
   ICF_UNROLL
   for (int r = 0; r < (ROWS ? ROWS : rows); ++r) {
     const V old = x[r];
@@ -150,7 +150,7 @@ ICF_MATH void turn(V* x, V* y, int rows, const V& cosine, const V& sine) {
 }
 
 template <int SIZE, typename V>
-ICF_MATH void move_on(V* columns, int size, int count) {
+ICF_INLINE void move_on(V* columns, int size, int count) {
   ICF_UNROLL
   for (int r = 0; r < (SIZE ? SIZE : size); ++r) {
     const V first = columns[r];
@@ -161,7 +161,7 @@ ICF_MATH void move_on(V* columns, int size, int count) {
 }
 
 template <int ROWS, typename V>
-ICF_MATH V squared_norm(const V* column, int rows) {
+ICF_INLINE V squared_norm(const V* column, int rows) {
   V sum = V{};
   ICF_UNROLL
   for (int r = 0; r < (ROWS ? ROWS : rows); ++r) sum += column[r] * column[r];
@@ -173,7 +173,7 @@ ICF_MATH V squared_norm(const V* column, int rows) {
 // known when compiled. RING, for registers: the columns move on after each round, so that the pairs stay where they are
 // and the code of one round serves all.
 template <int ROWS, int COLS, bool RING, typename V>
-ICF_MATH void jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
+ICF_INLINE void jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
   if (ROWS) rows = ROWS;
   if (COLS) cols = COLS;
   const int players = cols + cols % 2;
@@ -217,7 +217,7 @@ ICF_MATH void jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
 
 // f(sigma) and f'(sigma) / sigma for the squared singular value `square`.
 template <typename V>
-ICF_MATH void spectral_term(Spectral spectral, const V& square, const V& rank_cut, const V& r, V& value, V& weight) {
+ICF_INLINE void spectral_term(Spectral spectral, const V& square, const V& rank_cut, const V& r, V& value, V& weight) {
   using S = lane_t<V>;
   const V zero = V{}, one = zero + S(1);
   if (spectral == Spectral::plain) {
@@ -240,7 +240,7 @@ ICF_MATH void spectral_term(Spectral spectral, const V& square, const V& rank_cu
 // The sum of f over the singular values of a, and, in a, U diag(f') V^T. `poison` is 0, or NaN to mark the result.
 // Scratch: cols x cols in v, 2 cols + 1 in norm.
 template <int ROWS, int COLS, bool RING, typename V>
-ICF_MATH V spectral_sum(V* a, V* v, V* norm, int rows, int cols, bool polar, Spectral spectral, lane_t<V> regularization,
+ICF_INLINE V spectral_sum(V* a, V* v, V* norm, int rows, int cols, bool polar, Spectral spectral, lane_t<V> regularization,
                         const V& poison) {
   if (ROWS) rows = ROWS;
   if (COLS) cols = COLS;
@@ -283,13 +283,13 @@ ICF_MATH V spectral_sum(V* a, V* v, V* norm, int rows, int cols, bool polar, Spe
 }
 
 // Inversion in place without pivoting, for I + G / eps: for each k the row k, then all others.
-ICF_MATH void scale_pivot_row(double* matrix, int order, int k) {
+ICF_INLINE void scale_pivot_row(double* matrix, int order, int k) {
   const double factor = 1 / matrix[k * order + k];
   matrix[k * order + k] = 1;
   for (int j = 0; j < order; ++j) matrix[k * order + j] *= factor;
 }
 
-ICF_MATH void eliminate(double* matrix, int order, int k, int i) {
+ICF_INLINE void eliminate(double* matrix, int order, int k, int i) {
   const double factor = matrix[i * order + k];
   matrix[i * order + k] = 0;
   for (int j = 0; j < order; ++j) matrix[i * order + j] -= factor * matrix[k * order + j];
@@ -297,7 +297,7 @@ ICF_MATH void eliminate(double* matrix, int order, int k, int i) {
 
 // What the row of the factor that compares a valid frame with the mean of `before` valid ones is divided by.
 template <typename T>
-ICF_MATH T row_scale(T before, T count) {
+ICF_INLINE T row_scale(T before, T count) {
   return before > 0 ? 1 / square_root<T>(before * (before + 1) * count) : T(0);
 }
 
@@ -307,12 +307,12 @@ struct Side {
   bool by_row;
   const bool* mask;  // [N, B, T] or null
 
-  ICF_MATH int64_t rows() const { return T - 1; }
-  ICF_MATH int64_t samples() const { return N * B; }
-  ICF_MATH int64_t row_stride() const { return by_row ? B * d : d; }
-  ICF_MATH int64_t factor_at(int64_t s) const { return s / B * rows() * B * d + s % B * (by_row ? d : rows() * d); }
-  ICF_MATH bool valid(int64_t s, int64_t t) const { return mask == nullptr || mask[s * T + t]; }
-  ICF_MATH int64_t count(int64_t s) const {
+  ICF_INLINE int64_t rows() const { return T - 1; }
+  ICF_INLINE int64_t samples() const { return N * B; }
+  ICF_INLINE int64_t row_stride() const { return by_row ? B * d : d; }
+  ICF_INLINE int64_t factor_at(int64_t s) const { return s / B * rows() * B * d + s % B * (by_row ? d : rows() * d); }
+  ICF_INLINE bool valid(int64_t s, int64_t t) const { return mask == nullptr || mask[s * T + t]; }
+  ICF_INLINE int64_t count(int64_t s) const {
     int64_t n = 0;
     for (int64_t t = 0; t < T; ++t) n += valid(s, t);
     return n;

@@ -2,7 +2,8 @@
 // with a border of zeros: every sample then reads its four corners without a test, rows of one head lie together in
 // cache, 16-bit values are widened once, and any head size becomes a multiple of the vector width. The backward pass
 // adds into a second such slice, so it needs no atomics and gives the same bits for any number of threads.
-#include "common/tensor.h"
+#include "ms_deform_attn/ms_deform_attn_args.h"
+#include "ms_deform_attn/ms_deform_attn_math.h"
 
 #include <algorithm>
 #include <cmath>
@@ -16,6 +17,7 @@
 namespace icf {
 namespace {
 
+using namespace msda;
 constexpr int64_t kChunk = 16;  // queries whose points are computed together, in lanes of n = L * P points a query
 constexpr int64_t kVector = 8;  // channels of a slice are rounded up to it
 
@@ -60,15 +62,6 @@ struct Geometry {
     STD_TORCH_CHECK(start == S && int64_t(levels.size()) == weights.size(3), "sizes must describe value");
     STD_TORCH_CHECK(rows < INT32_MAX, "value must have fewer than 2^31 pixels per image");
   }
-};
-
-// What is read of the points of a query, as [B, Q, M, n] with strides for B and Q.
-template <typename A, typename L>
-struct Inputs {
-  const L *coordinates, *weights;
-  int64_t coordinates_b, coordinates_q, weights_b, weights_q;
-  const A* reference = nullptr;  // [B, Q, levels, 2 or 4]; if given, coordinates are offsets and weights are logits
-  int64_t reference_size = 0, reference_b = 0, reference_q = 0, reference_l = 0;
 };
 
 // The points of a chunk of queries, one to a lane: kChunk * n of them.
@@ -150,39 +143,37 @@ ICF_SIMD void load(const Inputs<A, L>& in, const Geometry& g, int64_t b, int64_t
     if (in.reference == nullptr) continue;
     const A* reference = in.reference + b * in.reference_b + (q + k) * in.reference_q;
     for (size_t l = 0; l < g.levels.size(); ++l, reference += in.reference_l) {
-      const A width = A(g.levels[l].width), height = A(g.levels[l].height);
-      const A cell_x = std::floor(reference[0] * width), cell_y = std::floor(reference[1] * height);
+      const A width = A(g.levels[l].width), height = A(g.levels[l].height), P = A(g.P);
       const bool box = in.reference_size == 4;
+      const Axis<A> x = axis_of_offset(width, reference[0], box ? box_scale(width, reference[2], P) : A(1));
+      const Axis<A> y = axis_of_offset(height, reference[1], box ? box_scale(height, reference[3], P) : A(1));
       for (int64_t i = j + l * g.P, end = i + g.P; i < end; ++i) {
-        lane.cell_x[i] = cell_x, lane.base_x[i] = reference[0] * width - cell_x;
-        lane.cell_y[i] = cell_y, lane.base_y[i] = reference[1] * height - cell_y;
-        lane.scale_x[i] = box ? reference[2] * width * (A(0.5) / g.P) : 1;
-        lane.scale_y[i] = box ? reference[3] * height * (A(0.5) / g.P) : 1;
+        lane.scale_x[i] = x.scale, lane.base_x[i] = x.base, lane.cell_x[i] = x.cell;
+        lane.scale_y[i] = y.scale, lane.base_y[i] = y.base, lane.cell_y[i] = y.cell;
       }
     }
   }
 }
 
-// Corners and their weights. What touches no pixel, or is not a number, goes to rows of zeros. The fractions are formed
-// anew from the product, which a fused multiply-add then does not round: a float32 has few digits after 800.
+// Corners and their weights. What touches no pixel, or is not a number, goes to rows of zeros. This order
+// of statements vectorises; a test of float32's accuracy fails where it does not.
 template <typename A>
 ICF_SIMD void locate(const Lanes<A>& lane, int64_t count, int32_t outside) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const A floor_x = std::floor(lane.raw_x[i] * lane.scale_x[i] + lane.base_x[i] - A(0.5));
-    const A floor_y = std::floor(lane.raw_y[i] * lane.scale_y[i] + lane.base_y[i] - A(0.5));
+    const A floor_x = whole_pixel(lane.raw_x[i], lane.scale_x[i], lane.base_x[i]);
+    const A floor_y = whole_pixel(lane.raw_y[i], lane.scale_y[i], lane.base_y[i]);
     A left = floor_x + lane.cell_x[i], top = floor_y + lane.cell_y[i];
-    const bool touches = (left >= -1) & (left < lane.width[i]) & (top >= -1) & (top < lane.height[i]);
-    A s = lane.raw_x[i] * lane.scale_x[i] - (floor_x + A(0.5)) + lane.base_x[i];
-    A t = lane.raw_y[i] * lane.scale_y[i] - (floor_y + A(0.5)) + lane.base_y[i];
+    const bool touches = touches_map(left, lane.width[i]) & touches_map(top, lane.height[i]);
+    A s = fraction_of_pixel(lane.raw_x[i], lane.scale_x[i], lane.base_x[i], floor_x);
+    A t = fraction_of_pixel(lane.raw_y[i], lane.scale_y[i], lane.base_y[i], floor_y);
     left = touches ? left : A(0), top = touches ? top : A(0);
     s = touches ? s : A(0), t = touches ? t : A(0);
     const A a = lane.weight[i];
     const int32_t row = lane.first[i] + (int32_t(top) + 1) * lane.pitch[i] + int32_t(left) + 1;
     lane.row[i] = touches ? row : outside;
     lane.s[i] = s, lane.t[i] = t;
-    lane.w[0][i] = (1 - t) * (1 - s) * a, lane.w[1][i] = (1 - t) * s * a;
-    lane.w[2][i] = t * (1 - s) * a, lane.w[3][i] = t * s * a;
+    corner_weights(s, t, a, lane.w[0][i], lane.w[1][i], lane.w[2][i], lane.w[3][i]);
   }
 }
 
@@ -216,6 +207,33 @@ ICF_SIMD void gather(const A* value, const Lanes<A>& lane, const Geometry& g, in
     for (; c + 32 <= g.channels; c += 32) gather<32>(value + c, lane, g.channels, k * g.n, g.n, out + c);
     for (; c + 16 <= g.channels; c += 16) gather<16>(value + c, lane, g.channels, k * g.n, g.n, out + c);
     for (; c < g.channels; c += kVector) gather<kVector>(value + c, lane, g.channels, k * g.n, g.n, out + c);
+  }
+}
+
+// The same from rows of value where they lie, `stride` apart; zeros is a row of them.
+template <typename T, typename A>
+ICF_SIMD void gather_in_place(const T* value, int64_t stride, const T* zeros, const Lanes<A>& lane, const Geometry& g,
+                              int64_t count, A* out) {
+  for (int64_t k = 0; k < count; ++k, out += g.channels) {
+    std::fill(out, out + g.D, A(0));
+    for (int64_t i = k * g.n; i < (k + 1) * g.n; ++i) {
+      if (lane.row[i] >= g.outside) continue;
+      const Level& level = g.levels[i % g.n / g.P];
+      const int32_t at = lane.row[i] - lane.first[i];  // of the bordered map
+      int32_t rows[4];
+      corner_rows(true, at % lane.pitch[i] - 1, at / lane.pitch[i] - 1, int32_t(level.width), int32_t(level.height),
+                  int32_t(level.start), rows);
+      const T* v0 = rows[0] < 0 ? zeros : value + rows[0] * stride;
+      const T* v1 = rows[1] < 0 ? zeros : value + rows[1] * stride;
+      const T* v2 = rows[2] < 0 ? zeros : value + rows[2] * stride;
+      const T* v3 = rows[3] < 0 ? zeros : value + rows[3] * stride;
+      const A w0 = lane.w[0][i], w1 = lane.w[1][i], w2 = lane.w[2][i], w3 = lane.w[3][i];
+#pragma omp simd
+      for (int64_t c = 0; c < g.D; ++c) {
+        const A top = w0 * A(v0[c]) + w1 * A(v1[c]), bottom = w2 * A(v2[c]) + w3 * A(v3[c]);
+        out[c] += top + bottom;
+      }
+    }
   }
 }
 
@@ -288,13 +306,9 @@ ICF_SIMD void scatter(const A* value, A* grad_value, const A* grad, const Lanes<
 template <typename A>
 ICF_SIMD void differentiate(const Lanes<A>& lane, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const A d0 = lane.d[0][i], d1 = lane.d[1][i], d2 = lane.d[2][i], d3 = lane.d[3][i];
-    const A s = lane.s[i], t = lane.t[i], a = lane.weight[i];
-    const A dx = (1 - t) * (d1 - d0) + t * (d3 - d2), dy = (1 - s) * (d2 - d0) + s * (d3 - d1);
-    lane.grad_weight[i] = (1 - t) * ((1 - s) * d0 + s * d1) + t * ((1 - s) * d2 + s * d3);
-    lane.grad_x[i] = a * dx, lane.grad_y[i] = a * dy;
-  }
+  for (int64_t i = 0; i < count; ++i)
+    sample_gradient(lane.d[0][i], lane.d[1][i], lane.d[2][i], lane.d[3][i], lane.s[i], lane.t[i], lane.weight[i],
+                    lane.grad_x[i], lane.grad_y[i], lane.grad_weight[i]);
 }
 
 // Replaces the gradients of the weights by those of the logits.
@@ -305,7 +319,7 @@ ICF_SIMD void softmax_backward(const A* weights, A* grads, int64_t queries, int6
 #pragma omp simd reduction(+ : mean)
     for (int64_t i = 0; i < n; ++i) mean += weights[i] * grads[i];
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) grads[i] = weights[i] * (grads[i] - mean);
+    for (int64_t i = 0; i < n; ++i) grads[i] = logit_gradient(weights[i], grads[i], mean);
   }
 }
 
@@ -386,18 +400,24 @@ void forward_all(const Tensor& value, const Geometry& g, const Inputs<A, L>& in,
   const int64_t heads = g.B * g.M, threads = torch::stable::get_num_threads();
   const int64_t parts = std::clamp<int64_t>(2 * threads / heads, 1, std::max<int64_t>(g.Q / 256, 1));
   const int64_t step = (g.Q + parts - 1) / parts;
+  const bool in_place = 2 * g.Q * g.n < g.S;  // few samples: their four rows are fewer than twice the rows to copy
   const T* data = value.const_data_ptr<T>();
   torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
     const Lanes<A> lane(g);
-    const Buffer<A> slice(g.rows * g.channels), sums(kChunk * g.channels);
+    const Buffer<A> slice(in_place ? 0 : g.rows * g.channels), sums(kChunk * g.channels);
+    const Buffer<T> zeros(in_place ? g.D : 0);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / parts / g.M, m = unit / parts % g.M, first = unit % parts * step;
-      if (unit == begin || unit % parts == 0)
-        pack(data + b * value.stride(0) + m * value.stride(2), value.stride(1), g, slice.get());
+      const T* own = data + b * value.stride(0) + m * value.stride(2);
+      if (!in_place && (unit == begin || unit % parts == 0)) pack(own, value.stride(1), g, slice.get());
       for (int64_t q = first; q < std::min(first + step, g.Q); q += kChunk) {
         const int64_t count = std::min({kChunk, first + step - q, g.Q - q});
         locate(in, g, b, q, m, count, lane);
-        gather(slice.get(), lane, g, count, sums.get());
+        if (in_place) {
+          gather_in_place(own, value.stride(1), zeros.get(), lane, g, count, sums.get());
+        } else {
+          gather(slice.get(), lane, g, count, sums.get());
+        }
         copy_rows(sums.get(), g.channels, out + ((b * g.Q + q) * g.M + m) * g.D, g.M * g.D, count, g.D);
       }
     }
@@ -443,51 +463,9 @@ void backward_all(const T* grad, const Tensor& value, const Geometry& g, const I
   });
 }
 
-// Calls f with the types of value and of the coordinates, which are those of value or what is computed in.
-template <typename F>
-void dispatch(const Tensor& value, const Tensor& coordinates, const F& f) {
-  dispatch_floating(value.scalar_type(), "ms_deform_attn", [&](auto t) {
-    using A = acc_t<decltype(t)>;
-    if (coordinates.scalar_type() == value.scalar_type()) return f(t, t);
-    STD_TORCH_CHECK(coordinates.scalar_type() == (std::is_same_v<A, double> ? torch::headeronly::ScalarType::Double
-                                                                            : torch::headeronly::ScalarType::Float),
-                    "coordinates must be of the type of value or of float");
-    f(t, A{});
-  });
-}
-
-void check_rows(const Tensor& t, const char* name) {  // contiguous but for images and queries
-  int64_t expected = 1;
-  for (int64_t i = t.dim() - 1; i > 1; expected *= t.size(i--))
-    STD_TORCH_CHECK(t.size(i) == 1 || t.stride(i) == expected, name, " must be contiguous from its third dimension on");
-}
-
-template <typename A, typename L>
-Inputs<A, L> read(const Tensor& value, const Tensor* reference, const Tensor& coordinates, const Tensor& weights) {
-  STD_TORCH_CHECK(coordinates.dim() == 6 && coordinates.size(5) == 2 && weights.dim() == 5, "points must be 2-D");
-  for (int64_t i = 0; i < 5; ++i)
-    STD_TORCH_CHECK(coordinates.size(i) == weights.size(i), "coordinates and weights must agree in shape");
-  STD_TORCH_CHECK(weights.size(0) == value.size(0) && weights.size(2) == value.size(2), "value and weights must agree");
-  STD_TORCH_CHECK(weights.scalar_type() == coordinates.scalar_type(), "coordinates and weights must agree in type");
-  check_rows(coordinates, "coordinates");
-  check_rows(weights, "weights");
-  Inputs<A, L> in{coordinates.const_data_ptr<L>(), weights.const_data_ptr<L>(), coordinates.stride(0),
-                  coordinates.stride(1), weights.stride(0), weights.stride(1)};
-  if (reference != nullptr) {
-    STD_TORCH_CHECK(reference->dim() == 4 && reference->stride(3) == 1, "reference points must be [B, Q, L, 2 or 4]");
-    for (const auto& [i, j] : {std::pair{0, 0}, {1, 1}, {2, 3}})
-      STD_TORCH_CHECK(reference->size(i) == weights.size(j), "reference points and weights must agree in shape");
-    in.reference = reference->const_data_ptr<A>();
-    in.reference_size = reference->size(3);
-    STD_TORCH_CHECK(in.reference_size == 2 || in.reference_size == 4, "reference points must be [B, Q, L, 2 or 4]");
-    in.reference_b = reference->stride(0), in.reference_q = reference->stride(1), in.reference_l = reference->stride(2);
-  }
-  return in;
-}
-
 Tensor run_forward(const Tensor& value, const std::vector<int64_t>& sizes, const Tensor* reference,
                    const Tensor& coordinates, const Tensor& weights) {
-  STD_TORCH_CHECK(value.dim() == 4 && value.stride(3) == 1, "value must be [B, S, M, D], its channels contiguous");
+  check_value(value);
   Tensor out;
   dispatch(value, coordinates, [&](auto t, auto l) {
     using T = decltype(t);
@@ -502,7 +480,7 @@ Tensor run_forward(const Tensor& value, const std::vector<int64_t>& sizes, const
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, const Tensor& value,
                                                         const std::vector<int64_t>& sizes, const Tensor* reference,
                                                         const Tensor& coordinates, const Tensor& weights) {
-  STD_TORCH_CHECK(value.dim() == 4 && value.stride(3) == 1, "value must be [B, S, M, D], its channels contiguous");
+  check_value(value);
   Tensor grad_value, grad_reference, grad_coordinates, grad_weights;
   dispatch(value, coordinates, [&](auto t, auto l) {
     using T = decltype(t);
@@ -510,9 +488,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, cons
     using L = decltype(l);
     const auto in = read<A, L>(value, reference, coordinates, weights);
     const Geometry g(value, sizes, weights);
-    STD_TORCH_CHECK(grad.is_contiguous() && grad.scalar_type() == value.scalar_type() && grad.dim() == 3 &&
-                        grad.size(0) == g.B && grad.size(1) == g.Q && grad.size(2) == g.M * g.D,
-                    "grad must be contiguous [B, Q, M * D] of the type of value");
+    check_grad(grad, value, g.Q);
     grad_value = torch::stable::new_empty(value, value.sizes());
     grad_coordinates = torch::stable::new_empty(coordinates, coordinates.sizes());
     grad_weights = torch::stable::new_empty(weights, weights.sizes());
@@ -532,7 +508,7 @@ Tensor forward(const Tensor& value, std::vector<int64_t> sizes, const Tensor& lo
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& value, std::vector<int64_t> sizes,
-                                            const Tensor& locations, const Tensor& weights) {
+                                            const Tensor& locations, const Tensor& weights, bool) {
   auto [grad_value, none, grad_locations, grad_weights] =
       run_backward(grad, value, sizes, nullptr, locations, weights);
   return {grad_value, grad_locations, grad_weights};
@@ -545,7 +521,7 @@ Tensor forward_fused(const Tensor& value, std::vector<int64_t> sizes, const Tens
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_fused(const Tensor& grad, const Tensor& value,
                                                           std::vector<int64_t> sizes, const Tensor& reference,
-                                                          const Tensor& offsets, const Tensor& logits) {
+                                                          const Tensor& offsets, const Tensor& logits, bool) {
   return run_backward(grad, value, sizes, &reference, offsets, logits);
 }
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._common.backend import choose
-from .._common.library import kernel
+from .._common.library import call
 from . import ops, reference
 
 KINDS = ("gaussian", "rademacher")
@@ -74,7 +74,7 @@ def orthogonal_blend(
     if ratio.shape != rows or ratio.dtype != acc:
         ratio = ratio.to(acc).expand(rows)
     options = [kind, shared, inner, int(restore_norm)]
-    return kernel("orthogonal_blend", chosen)(z.contiguous(), ratio.contiguous(), source, options)
+    return call("orthogonal_blend", chosen, z.contiguous(), ratio.contiguous(), source, options)
 
 
 def gram_schmidt(
@@ -130,7 +130,7 @@ def gram_schmidt(
     else:
         tol = reference.RANK_TOL[reference.wide(vectors)] if rank_tol is None else rank_tol
         keep_l = vectors.requires_grad and torch.is_grad_enabled()  # the factor that the backward needs
-        q, _ = kernel("gram_schmidt", chosen)(vectors.contiguous(), tol, reference.THRESHOLD[method], keep_l)
+        q, _ = call("gram_schmidt", chosen, vectors.contiguous(), tol, reference.THRESHOLD[method], keep_l)
         q = q if q.dtype == vectors.dtype else q.to(vectors.dtype)
     q = q[..., first:, :] if first else q
     return (q, (q != 0).any(-1).sum(-1)) if return_rank else q
@@ -154,7 +154,8 @@ def orthogonal_directions(
             Hadamard matrix with random signs and reflects one of them into ``z``, in O(k d) and with few random bits;
             ``d`` must be a power of two.
         seed, generator: as in ``orthogonal_blend``.
-        backend: ``"cuda"`` (kind haar), ``"cpp"`` or ``"reference"``; by default the first that can run.
+        backend: ``"cuda"``, ``"cpp"``, ``"triton"`` (kind hadamard) or ``"reference"``; by default the first that can
+            run.
 
     Returns:
         ``[*, k, d]``, of the dtype of ``z``, constants: no gradient reaches ``z``.
@@ -177,7 +178,7 @@ def orthogonal_directions(
     chosen = choose("orthogonal_directions", backend, (z,), ops.CAN_RUN)
     if chosen == "reference":
         return reference.orthogonal_directions(z, k, seed)
-    return kernel("orthogonal_directions", chosen)(z.contiguous(), seed, k)
+    return call("orthogonal_directions", chosen, z.contiguous(), seed, k)
 
 
 def philox_noise(shape: tuple[int, ...], seed: Tensor | int, kind: str = "gaussian", *,
@@ -189,7 +190,7 @@ def philox_noise(shape: tuple[int, ...], seed: Tensor | int, kind: str = "gaussi
     chosen = choose("philox_noise", backend, (seed,), ops.CAN_RUN)
     if chosen == "reference":
         return reference.philox_noise(shape, seed, kind).float()
-    return kernel("philox_noise", chosen)(seed, shape, KINDS.index(kind))
+    return call("philox_noise", chosen, seed, shape, KINDS.index(kind))
 
 
 def _check_rows(op, z):

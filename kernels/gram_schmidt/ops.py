@@ -2,28 +2,30 @@
 import torch
 
 from .._common import backend as backends
-from .._common.library import define, kernel
+from .._common.library import call, define
 
 TRITON = "icf_kernels.gram_schmidt.triton"
-WIDEST = {"cuda": 1024, "triton": 8192}  # elements of a row, which the blend holds in registers
+WIDEST = {"cuda": {"orthogonal_blend": 1024, "orthogonal_directions": 4096},  # elements of a row, held in registers or
+          "triton": {"orthogonal_blend": 8192, "orthogonal_directions": 8192}}  # shared memory
 
 
-def _check_width(backend, x):
-    return x.shape[-1] <= WIDEST[backend], f"it holds rows of at most {WIDEST[backend]} elements, got {x.shape[-1]}"
+def _check_width(op, backend, x):
+    widest = WIDEST[backend].get(op)
+    return widest is None or x.shape[-1] <= widest, f"it holds rows of at most {widest} elements, got {x.shape[-1]}"
 
 
 def can_run_cuda(op, x, *_):
     ok, reason = backends.can_run_cuda(op, x)
-    return (ok, reason) if not ok or op != "orthogonal_blend" else _check_width("cuda", x)
+    return _check_width(op, "cuda", x) if ok else (ok, reason)
 
 
 def can_run_triton(op, x, *_):
-    if op != "orthogonal_blend":
+    if op not in WIDEST["triton"]:
         return False, f"{op} has no Triton kernel"
     if x.dtype == torch.float64:
         return False, "its Triton kernel computes in float32, got float64"
     ok, reason = backends.can_run_triton(op, x)
-    return _check_width("triton", x) if ok else (ok, reason)
+    return _check_width(op, "triton", x) if ok else (ok, reason)
 
 
 CAN_RUN = {**backends.CAN_RUN, "cuda": can_run_cuda, "triton": can_run_triton}
@@ -35,7 +37,7 @@ def _blend_setup(ctx, inputs, output):
 
 
 def _blend_backward(ctx, backend, grad):
-    grads = kernel("orthogonal_blend_backward", backend)(grad.contiguous(), *ctx.saved_tensors, ctx.options)
+    grads = call("orthogonal_blend_backward", backend, grad.contiguous(), *ctx.saved_tensors, ctx.options)
     return *grads, None, None
 
 
@@ -46,7 +48,7 @@ def _gram_schmidt_setup(ctx, inputs, output):
 
 
 def _gram_schmidt_backward(ctx, backend, grad, _):
-    grad = kernel("gram_schmidt_backward", backend)(grad.contiguous(), *ctx.saved_tensors)
+    grad = call("gram_schmidt_backward", backend, grad.contiguous(), *ctx.saved_tensors)
     return grad.to(ctx.dtype), None, None, None
 
 
@@ -68,7 +70,7 @@ define("gram_schmidt", "(Tensor vectors, float rank_tol, float threshold, bool k
        backward=_gram_schmidt_backward, setup_context=_gram_schmidt_setup)
 define("gram_schmidt_backward", "(Tensor grad, Tensor q, Tensor l) -> Tensor",
        fake=lambda grad, q, _: torch.empty_like(q))
-define("orthogonal_directions", "(Tensor z, Tensor seed, SymInt k) -> Tensor",
+define("orthogonal_directions", "(Tensor z, Tensor seed, SymInt k) -> Tensor", triton=TRITON,
        fake=lambda z, seed, k: z.new_empty((*z.shape[:-1], k, z.shape[-1])))
 define("philox_noise", "(Tensor seed, SymInt[] shape, int kind) -> Tensor",
        fake=lambda seed, shape, kind: seed.new_empty(shape, dtype=torch.float32))

@@ -46,24 +46,24 @@ def _interleave(x0, x1, x2, x3, R: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _words(seed_ptr, row, R: tl.constexpr, N: tl.constexpr):
-    """The words of the first N Philox counters of rows [R], four of [R, N]."""
+def _words(seed_ptr, row, R: tl.constexpr, N: tl.constexpr, STREAM: tl.constexpr):
+    """The words of the first N Philox counters of rows [R] in a stream, four of [R, N]."""
     c0 = tl.broadcast_to(tl.arange(0, N)[None, :], (R, N)).to(tl.uint32)
     c1 = tl.broadcast_to((row & 0xFFFFFFFF).to(tl.uint32)[:, None], (R, N))
     c2 = tl.broadcast_to((row >> 32).to(tl.uint32)[:, None], (R, N))
-    return tl.philox(tl.load(seed_ptr), c0, c1, c2, tl.zeros_like(c0), 7)
+    return tl.philox(tl.load(seed_ptr), c0, c1, c2, tl.zeros_like(c0) + STREAM, 7)
 
 
 @triton.jit
 def _noise(noise_ptr, row, column, mask, d, KIND: tl.constexpr, R: tl.constexpr, D: tl.constexpr):
     """Noise of rows [R]: 0 Gaussian and 1 signs of the seed at noise_ptr, or 2 what lies there; zero beyond d."""
     if KIND == 0:
-        w0, w1, w2, w3 = _words(noise_ptr, row, R, D // 4)
+        w0, w1, w2, w3 = _words(noise_ptr, row, R, D // 4, 0)
         x0, x1 = _gaussian_pair(w0, w1)
         x2, x3 = _gaussian_pair(w2, w3)
         x = _interleave(x0, x1, x2, x3, R, D)
     elif KIND == 1:
-        w0, w1, w2, w3 = _words(noise_ptr, row, R, D // 128)
+        w0, w1, w2, w3 = _words(noise_ptr, row, R, D // 128, 0)
         words = _interleave(w0, w1, w2, w3, R, D // 32)
         bits = (words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]) & 1
         x = tl.reshape(1.0 - 2.0 * bits.to(tl.float32), (R, D))
@@ -162,6 +162,38 @@ def _bwd_kernel(grad_ptr, z_ptr, ratio_ptr, noise_ptr, grad_z_ptr, grad_ratio_pt
     tl.store(grad_z_ptr + i[:, None] * d + column, total.to(grad_z_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _hadamard(row, column):
+    """Elements of the Hadamard matrix: the parity of the bits that row and column share."""
+    x = row & column
+    x = x ^ (x >> 16)
+    x = x ^ (x >> 8)
+    x = x ^ (x >> 4)
+    x = x ^ (x >> 2)
+    x = x ^ (x >> 1)
+    return 1.0 - 2.0 * (x & 1).to(tl.float32)
+
+
+@triton.jit
+def _directions_kernel(z_ptr, seed_ptr, out_ptr, k, d, K: tl.constexpr, D: tl.constexpr):
+    """Directions [K] of a row of z, see README.md; each program reflects for itself."""
+    row = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
+    i = tl.program_id(1) * K + tl.arange(0, K)[:, None]
+    column = tl.arange(0, D)[None, :]
+    z, zz, _ = _scaled(tl.load(z_ptr + row[:, None] * d + column, mask=column < d, other=0).to(tl.float32))
+    unit = z * tl.where(zz == 0, 0.0, 1.0 / tl.sqrt(tl.where(zz == 0, 1.0, zz)))[:, None]
+    signs = _noise(seed_ptr, row, column, column < d, d, 1, 1, D) / tl.sqrt(d.to(tl.float32))
+    first, step, _, _ = _words(seed_ptr, row, 1, 1, 1)
+    last = (d - 1).to(tl.uint32)
+    q0 = _hadamard(first & last, column.to(tl.uint32)) * signs
+    q = _hadamard((first + (step | 1) * (i + 1).to(tl.uint32)) & last, column.to(tl.uint32)) * signs
+    cosine0, cosine = tl.sum(q0 * unit, 1), tl.sum(q * unit, 1)
+    w = tl.where((cosine0 > 0)[:, None], -q0, q0) - unit
+    out = q + (cosine / (1.0 + tl.abs(cosine0)))[:, None] * w
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (row[:, None] * k + i) * d + column, out, mask=(i < k) & (column < d))
+
+
 def _tile(d, kind):
     """Rows and columns of a program: the columns a power of two, and whole Philox counters."""
     width = max(triton.next_power_of_2(d), 128 if kind == 1 else 16)
@@ -190,6 +222,15 @@ def orthogonal_blend_backward(grad: Tensor, z: Tensor, ratio: Tensor, noise: Ten
     return grad_z, grad_ratio
 
 
+def orthogonal_directions(z: Tensor, seed: Tensor, k: int) -> Tensor:
+    d = z.shape[-1]
+    out, rows, D = z.new_empty((*z.shape[:-1], k, d)), z.numel() // d, max(d, 128)
+    if out.numel():
+        K = min(triton.next_power_of_2(k), max(1, 4 * TILE // D))
+        _directions_kernel[(rows, triton.cdiv(k, K))](z, seed, out, k, d, K=K, D=D, num_warps=max(4, D // 512))
+    return out
+
+
 def _aot():
     sizes = dict(rows="i64", shared="i64", inner="i64", d="i32")
     for kind, d, dtype in ((0, 256, "bf16"), (1, 256, "bf16"), (2, 32, "fp16"), (0, 1024, "fp32")):
@@ -199,6 +240,7 @@ def _aot():
         yield _fwd_kernel, dict(z_ptr=z, ratio_ptr=wide, noise_ptr=noise, out_ptr=z, **sizes), constants
         yield _bwd_kernel, dict(grad_ptr=z, z_ptr=z, ratio_ptr=wide, noise_ptr=noise, grad_z_ptr=z, grad_ratio_ptr=wide,
                                 **sizes), constants
+    yield _directions_kernel, dict(z_ptr="*fp32", seed_ptr="*i64", out_ptr="*fp32", k="i32", d="i32"), dict(K=16, D=256)
 
 
 AOT = [*_aot()]  # compiled by the tests without a GPU: kernel, types of its arguments, compile-time constants

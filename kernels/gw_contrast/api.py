@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from .._common.backend import choose
-from .._common.library import kernel
+from .._common.library import call
 from . import ops, reference
 
 SPECTRAL = ("plain", "smooth", "entropic", "eps")
@@ -55,7 +55,7 @@ def gaussian_w2(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tens
     if chosen == "reference":
         return reference.gaussian_w2(*args)
     polar = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    return kernel("gaussian_w2", chosen)(*(a.contiguous() if isinstance(a, Tensor) else a for a in args), polar)[:3]
+    return call("gaussian_w2", chosen, *(a.contiguous() if isinstance(a, Tensor) else a for a in args), polar)[:3]
 
 
 def _distances(x, y, x_mask, y_mask, spectral, regularization, eps, backend):
@@ -181,6 +181,17 @@ class _Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
 
 
+def _check_alike(x, y, group):
+    """Raise on every process where shapes differ: gathering would hang, or take one sample for another."""
+    own = torch.tensor([*x.shape, *y.shape], device=x.device)
+    shapes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shapes, own, group=group)
+    shapes = [(tuple(shape[:3]), tuple(shape[3:])) for shape in torch.stack(shapes).tolist()]
+    if len(set(shapes)) > 1:
+        raise ValueError("gw_contrast: x and y must have the same shapes on every process of the group, got "
+                         + ", ".join(f"{x} and {y} on process {rank}" for rank, (x, y) in enumerate(shapes)))
+
+
 def _gather(x, group):
     if x is None or group is None:
         return x
@@ -231,7 +242,8 @@ def gw_contrast(x: Tensor, y: Tensor, positives: Tensor | str = "diag", *, ignor
             apart.
         spectral, regularization, backend: as in `gaussian_wasserstein`.
         group: process group whose samples are contrasted together, process r holding rows r B .. r B + B - 1 of the
-            whole; every process must hold equally many. ``positives`` and ``ignored`` are then of the whole batch,
+            whole; shapes must be alike on all of them, which they first tell one another (six integers, and the device
+            is waited for): else every process raises. ``positives`` and ``ignored`` are then of the whole batch,
             ``anchors`` of this process. Frames are gathered with gradient, so that the mean of the processes'
             gradients, as DDP forms it, is that of the same loss in one process, whose value every process returns.
 
@@ -239,6 +251,8 @@ def gw_contrast(x: Tensor, y: Tensor, positives: Tensor | str = "diag", *, ignor
         0-dimensional. Rows without negatives count as exactly 0, without gradient.
     """
     _check_contrast("gw_contrast", tau, entropy)
+    if group is not None and x.ndim == y.ndim == 3:  # first, as a process that raises alone leaves the others waiting
+        _check_alike(x, y, group)
     if x.ndim != 3 or y.ndim != 3 or len(x) != len(y) or not len(x):
         raise ValueError("gw_contrast: x and y must be [B, Tx, d] and [B, Ty, d] with B alike and above 0, "
                          f"got {tuple(x.shape)} and {tuple(y.shape)}")

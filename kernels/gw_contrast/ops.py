@@ -2,7 +2,7 @@
 import torch
 
 from .._common import backend as backends
-from .._common.library import define, kernel
+from .._common.library import call, define
 
 TRITON = "icf_kernels.gw_contrast.triton"
 
@@ -52,7 +52,7 @@ def _backward(ctx, backend, *grads):
     mean = ctx.saved_tensors[2]
     grads = [mean.new_zeros(shape) if grad is None else grad.contiguous()
              for grad, shape in zip(grads, ctx.shapes, strict=False)]
-    return *kernel("gaussian_w2_backward", backend)(*grads, *ctx.saved_tensors), *[None] * 6
+    return *call("gaussian_w2_backward", backend, *grads, *ctx.saved_tensors), *[None] * 6
 
 
 define("gaussian_w2", "(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, str spectral, float regularization, "

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._common.backend import choose
-from .._common.library import kernel
+from .._common.library import call
 from . import ops, reference
 
 Shapes = Tensor | Sequence[tuple[int, int]]
@@ -53,7 +53,7 @@ def ms_deform_attn(value: Tensor, spatial_shapes: Shapes, level_start_index: Ten
     if chosen == "reference":
         return reference.ms_deform_attn(value, sizes, None, sampling_locations, attention_weights)
     cast, locations, weights = _types(value, sampling_locations, attention_weights)
-    out = kernel(op, chosen)(cast, sum(sizes, ()), locations, weights)
+    out = call(op, chosen, cast, sum(sizes, ()), locations, weights)
     return out.to(value.dtype)
 
 
@@ -96,7 +96,7 @@ def ms_deform_attn_fused(value: Tensor, spatial_shapes: Shapes, reference_points
     cast, offsets, logits = _types(value, offsets, logits, reference_points)
     points = reference_points.to(torch.promote_types(cast.dtype, torch.float32))  # few, and worth more than 16 bits
     points = _unit_stride(points).expand(B, Q, L, -1)
-    return kernel(op, chosen)(cast, sum(sizes, ()), points, offsets, logits).to(value.dtype)
+    return call(op, chosen, cast, sum(sizes, ()), points, offsets, logits).to(value.dtype)
 
 
 class MSDeformAttn(nn.Module):
@@ -177,6 +177,8 @@ def _check_shape(op, name, tensor, layout, allowed):
 def _host_sizes(op, spatial_shapes, level_start_index, pixels):
     """((H, W), ...) as host integers, checked against the number of pixels of value."""
     sizes = _host_copy(op, spatial_shapes) if isinstance(spatial_shapes, Tensor) else spatial_shapes
+    if torch.compiler.is_compiling() and isinstance(spatial_shapes, Tensor):
+        return _symbolic_sizes(op, sizes, pixels)
     sizes = tuple((int(h), int(w)) for h, w in sizes)
     if not sizes or any(h < 1 or w < 1 for h, w in sizes) or sum(h * w for h, w in sizes) != pixels:
         raise ValueError(f"{op}: spatial_shapes must be (height, width) per level, together the {pixels} pixels of "
@@ -187,6 +189,17 @@ def _host_sizes(op, spatial_shapes, level_start_index, pixels):
     if level_start_index is not None and list(level_start_index) != starts:
         raise ValueError(f"{op}: level_start_index must be the running sum of height * width, {starts}, "
                          f"got {list(level_start_index)}")
+    return sizes
+
+
+def _symbolic_sizes(op, sizes, pixels):
+    """((H, W), ...) of a tensor that is read, and checked, when the compiled function runs."""
+    sizes = tuple((h, w) for h, w in sizes)
+    for h, w in sizes:
+        torch._check(h >= 1)
+        torch._check(w >= 1)
+    torch._check(sum(h * w for h, w in sizes) == pixels,
+                 lambda: f"{op}: spatial_shapes must be (height, width) per level, together the pixels of value")
     return sizes
 
 

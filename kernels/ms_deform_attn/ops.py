@@ -5,7 +5,18 @@ from .._common import backend as backends
 from .._common.library import define, kernel
 from . import reference
 
-CAN_RUN = backends.CAN_RUN
+TRITON = "icf_kernels.ms_deform_attn.triton"
+MOST_LEVELS = 128  # which the CUDA kernels take as parameters
+
+
+def can_run_cuda(op, value, sizes, *_):
+    ok, reason = backends.can_run_cuda(op, value)
+    if ok and len(sizes) > MOST_LEVELS:
+        return False, f"it takes at most {MOST_LEVELS} levels, got {len(sizes)}"
+    return ok, reason
+
+
+CAN_RUN = {**backends.CAN_RUN, "cuda": can_run_cuda}
 
 
 def _pairs(sizes):
@@ -27,11 +38,12 @@ def _define(op, arguments):
 
     def backward(ctx, backend, grad):
         value, *rest = ctx.saved_tensors
-        grad_value, *grads = kernel(f"{op}_backward", backend)(grad.contiguous(), value, ctx.sizes, *rest)
+        grad_value, *grads = kernel(f"{op}_backward", backend)(grad.contiguous(), value, ctx.sizes, *rest,
+                                                                torch.are_deterministic_algorithms_enabled())
         return grad_value, None, *grads
 
     def setup_second(ctx, inputs, output):
-        grad, value, ctx.sizes, *rest = inputs
+        grad, value, ctx.sizes, *rest, _ = inputs
         ctx.save_for_backward(grad, value, *rest)
 
     def second(ctx, backend, *grads):
@@ -40,19 +52,20 @@ def _define(op, arguments):
             out = _reference(op, inputs[0], ctx.sizes, *inputs[1:])
             first = torch.autograd.grad(out, inputs, grad, create_graph=True)
             grad_grad, grad_value, *rest = torch.autograd.grad(first, [grad, *inputs], grads, allow_unused=True)
-        return grad_grad, grad_value, None, *rest
+        return grad_grad, grad_value, None, *rest, None
 
     def fake(value, sizes, *rest):
         return value.new_empty(value.shape[0], rest[-1].shape[1], value.shape[2] * value.shape[3])
 
     def fake_backward(grad, value, sizes, *rest):
-        return tuple(tensor.new_empty(tensor.shape) for tensor in (value, *rest))
+        return tuple(tensor.new_empty(tensor.shape) for tensor in (value, *rest[:-1]))
 
-    inputs = ", ".join(["Tensor value", "int[] sizes", *(f"Tensor {name}" for name in arguments)])
+    inputs = ", ".join(["Tensor value", "SymInt[] sizes", *(f"Tensor {name}" for name in arguments)])
     gradients = ", ".join(["Tensor"] * (1 + len(arguments)))
-    define(op, f"({inputs}) -> Tensor", fake=fake, backward=backward, setup_context=setup_context)
-    define(f"{op}_backward", f"(Tensor grad, {inputs}) -> ({gradients})", fake=fake_backward, backward=second,
-           setup_context=setup_second)
+    define(op, f"({inputs}) -> Tensor", triton=TRITON, fake=fake, backward=backward,
+           setup_context=setup_context)
+    define(f"{op}_backward", f"(Tensor grad, {inputs}, bool deterministic) -> ({gradients})", triton=TRITON,
+           fake=fake_backward, backward=second, setup_context=setup_second)
 
 
 _define("ms_deform_attn", ["locations", "weights"])

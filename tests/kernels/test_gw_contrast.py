@@ -1,6 +1,7 @@
 """The Gaussian-Wasserstein contrast: against the printed definition, at its degenerate inputs, in several processes."""
 import ctypes
 import math
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -441,7 +442,34 @@ def contrast_in_processes(rank, path):
         leaves = [z[own].clone().requires_grad_() for z in (x, y)]
         loss = gw_contrast(*leaves, x_mask=mask[own], anchors=anchors[own], group=group, **options)
         torch.save([loss.detach(), *torch.autograd.grad(loss, leaves)], f"{path}/{size}-{rank}.pt")
+    for case, shape in UNEVEN.items():
+        x = torch.ones(shape if rank == 3 else (2, 4, 16))
+        with pytest.raises(ValueError) as error:
+            gw_contrast(x, x, group=dist.group.WORLD)
+        Path(f"{path}/{case}-{rank}.txt").write_text(str(error.value))
     dist.destroy_process_group()
+
+
+UNEVEN = {"fewer-samples": (1, 4, 16), "no-samples": (0, 4, 16), "more-frames": (2, 5, 16)}  # on the last of four
+
+
+def fork_contrasts(path):
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=contrast_in_processes, args=(rank, path)) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit([process.exitcode for process in processes] != [0] * 4)
+
+
+@pytest.fixture(scope="module")
+def four_processes(tmp_path_factory):
+    """What four processes wrote, forked from a fresh one, as importing torch four times would take longer than that."""
+    path = tmp_path_factory.mktemp("processes")
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['fork_contrasts'](sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, __file__, path], check=True, timeout=300)
+    return path
 
 
 def contrast_problem(processes):
@@ -452,19 +480,21 @@ def contrast_problem(processes):
     return frames(B, 4, 16, 1), frames(B, 5, 16, 2), mask, anchors, dict(positives="band", theta=0.9, theta_low=0.5)
 
 
-def test_processes_together_equal_one_process(tmp_path):
-    code = "import runpy, sys; runpy.run_path(sys.argv[1])['contrast_in_processes'](int(sys.argv[2]), sys.argv[3])"
-    command = [sys.executable, "-c", code, __file__]
-    processes = [subprocess.Popen([*command, str(rank), tmp_path]) for rank in range(4)]
-    assert [process.wait(120) for process in processes] == [0] * 4
+def test_processes_together_equal_one_process(four_processes):
     for size in (2, 4):
         x, y, mask, anchors, options = contrast_problem(size)
         leaves = [z.clone().requires_grad_() for z in (x, y)]
         loss = gw_contrast(*leaves, x_mask=mask, anchors=anchors, **options)
         expected = [loss.detach(), *torch.autograd.grad(loss, leaves)]
-        parts = [torch.load(tmp_path / f"{size}-{rank}.pt", weights_only=True) for rank in range(size)]
+        parts = [torch.load(four_processes / f"{size}-{rank}.pt", weights_only=True) for rank in range(size)]
         for value, *_ in parts:
             torch.testing.assert_close(value, expected[0], atol=0, rtol=1e-12)
         for k in (1, 2):  # the mean over processes, as DDP forms it
             together = torch.cat([part[k] for part in parts]) / size
             assert (together - expected[k]).abs().max() <= 1e-12 * expected[k].abs().max()
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_every_process_raises_where_shapes_differ(four_processes, case):
+    messages = {Path(four_processes / f"{case}-{rank}.txt").read_text() for rank in range(4)}
+    assert len(messages) == 1 and f"{UNEVEN[case]} and {UNEVEN[case]} on process 3" in messages.pop()

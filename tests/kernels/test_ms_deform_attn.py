@@ -1,14 +1,27 @@
 """What is particular to deformable attention: geometry, the outside, layouts, types, threads, other projects' calls."""
+import ctypes
+import shutil
+import subprocess
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import grid_sample, linear
 
 from icf.ops import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
 from icf_kernels._common.backend import INTERPRET
-from icf_kernels._common.testing import Calls, assert_as_accurate, forward_backward, module, require_grad, why_not
+from icf_kernels._common.testing import (
+    Calls,
+    assert_as_accurate,
+    forward_backward,
+    module,
+    operator_function,
+    require_grad,
+    why_not,
+)
 from icf_kernels.ms_deform_attn import reference
 from icf_kernels.ms_deform_attn.cases import make_inputs
 
@@ -118,6 +131,101 @@ def test_what_is_outside_counts_as_zero(backend, far):
     assert all(tensor.isfinite().all() for tensor in (grad_locations, grad_weights))
 
 
+SAMPLE_ON_HOST = """
+#include "ms_deform_attn/ms_deform_attn_math.h"
+using namespace icf::msda;
+extern "C" {
+// in: raw coordinates, reference points, box sizes, extents, all (x, y); out: pixels, fractions, four weights
+void sample(const double* in, double P, int32_t start, double* out, int32_t* rows) {
+  const Axis<double> x = axis_of_offset(in[6], in[2], in[4] > 0 ? box_scale(in[6], in[4], P) : 1);
+  const Axis<double> y = axis_of_offset(in[7], in[3], in[5] > 0 ? box_scale(in[7], in[5], P) : 1);
+  const double floor_x = whole_pixel(in[0], x.scale, x.base), left = floor_x + x.cell;
+  const double floor_y = whole_pixel(in[1], y.scale, y.base), top = floor_y + y.cell;
+  const bool touches = touches_map(left, in[6]) & touches_map(top, in[7]);
+  const int32_t column = touches ? int32_t(left) : 0, line = touches ? int32_t(top) : 0;
+  corner_rows(touches, column, line, int32_t(in[6]), int32_t(in[7]), start, rows);
+  out[0] = left, out[1] = top;
+  out[2] = fraction_of_pixel(in[0], x.scale, x.base, floor_x);
+  out[3] = fraction_of_pixel(in[1], y.scale, y.base, floor_y);
+  corner_weights(out[2], out[3], 1.0, out[4], out[5], out[6], out[7]);
+}
+// in: four dot products, fractions, weight; out: gradients
+void gradient(const double* in, double* out) {
+  sample_gradient(in[0], in[1], in[2], in[3], in[4], in[5], in[6], out[0], out[1], out[2]);
+}
+// of two logits: weights, and the gradients where that of the first weight is one
+void softmax_of_two(const double* logits, double* out) {
+  const double largest = std::fmax(logits[0], logits[1]);
+  const double sum = softmax_weight(logits[0], largest, 1.0) + softmax_weight(logits[1], largest, 1.0);
+  for (int i = 0; i < 2; ++i) out[i] = softmax_weight(logits[i], largest, 1 / sum);
+  for (int i = 0; i < 2; ++i) out[2 + i] = logit_gradient(out[i], i == 0 ? 1.0 : 0.0, out[0]);
+}
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def device_arithmetic(tmp_path_factory):
+    """What the threads of the CUDA kernels compute, as a library for the host."""
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
+    library = tmp_path_factory.mktemp("host") / "sample.so"
+    csrc = Path(__file__).parents[2] / "csrc"
+    subprocess.run(["g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{csrc}", "-x", "c++", "-", "-o", library],
+                   input=SAMPLE_ON_HOST, text=True, check=True)
+    return ctypes.CDLL(str(library))
+
+
+def pointer(tensor):
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+H, W, START = 5, 7, 11  # of a map and its first row in value
+
+
+def sample_on_host(library, raw, point=(0.4, 0.7), box=(0.0, 0.0)):
+    given = torch.tensor([*raw, *point, *box, W, H], dtype=torch.float64)
+    out, rows = torch.empty(8, dtype=torch.float64), torch.empty(4, dtype=torch.int32)
+    library.sample(pointer(given), ctypes.c_double(3), START, pointer(out), pointer(rows))
+    return out, rows.tolist()
+
+
+@pytest.mark.parametrize("box", [(0.0, 0.0), (0.3, 0.6)], ids=["points", "boxes"])
+def test_device_arithmetic_of_a_sample(device_arithmetic, box):
+    scale = (box[0] * W / 6, box[1] * H / 6) if box[0] else (1, 1)
+    for left in range(-3, W + 2):
+        for top in range(-3, H + 2):
+            x, y = left + 0.25, top + 0.625
+            raw = (x + 0.5 - 0.4 * W) / scale[0], (y + 0.5 - 0.7 * H) / scale[1]
+            out, rows = sample_on_host(device_arithmetic, raw, box=box)
+            inside = [START + v * W + u if 0 <= u < W and 0 <= v < H else -1
+                      for v in (top, top + 1) for u in (left, left + 1)]
+            assert rows == inside
+            expected = [left, top, 0.25, 0.625, 0.75 * 0.375, 0.25 * 0.375, 0.75 * 0.625, 0.25 * 0.625]
+            torch.testing.assert_close(out, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("far", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30])
+def test_device_arithmetic_reads_nothing_far_away(device_arithmetic, far):
+    for raw, point in (((far, 0), (0.4, 0.7)), ((0, far), (0.4, 0.7)), ((0, 0), (far, 0.7)), ((0, 0), (0.4, far))):
+        assert sample_on_host(device_arithmetic, raw, point)[1] == [-1] * 4
+
+
+def test_device_arithmetic_of_gradients(device_arithmetic):
+    def value(corners, s, t, a):
+        return a * ((1 - t) * ((1 - s) * corners[0] + s * corners[1]) + t * ((1 - s) * corners[2] + s * corners[3]))
+
+    given = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    out = torch.empty(3, dtype=torch.float64)
+    device_arithmetic.gradient(pointer(given), pointer(out))
+    leaves = [z.clone().requires_grad_() for z in given[4:]]
+    torch.testing.assert_close(out, torch.stack(torch.autograd.grad(value(given[:4], *leaves), leaves)))
+    logits, out = given[:2].clone().requires_grad_(), torch.empty(4, dtype=torch.float64)
+    device_arithmetic.softmax_of_two(pointer(given), pointer(out))
+    weights = logits.softmax(0)
+    torch.testing.assert_close(out, torch.cat([weights.detach(), *torch.autograd.grad(weights[0], logits)]))
+
+
 def test_infinite_pixels_reach_only_their_neighbours(backend):
     device = DEVICES[backend]
     value = torch.ones(1, 9, 1, 4, device=device)
@@ -195,6 +303,19 @@ def test_same_bits_in_deterministic_mode(backend):
             for _ in range(3)]
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
     torch.testing.assert_close(runs[0], runs[2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_gradients_where_determinism_is_not_asked_for(backend, fused):
+    """On a map so large that CUDA adds atomically."""
+    args = make_inputs((2, 9, 1, 8, 2, 50, 60, "apart"), torch.float32, DEVICES[backend], fused)
+    name = "ms_deform_attn_fused" if fused else "ms_deform_attn"
+    runs = []
+    for deterministic in (True, False):
+        torch.use_deterministic_algorithms(deterministic)
+        runs.append(forward_backward(operator_function("ms_deform_attn", name, "api", backend=backend), args,
+                                     torch.float32))
+    torch.testing.assert_close(*runs)
 
 
 def test_images_may_be_more_than_2_to_the_31_elements_apart(tmp_path):
@@ -291,6 +412,23 @@ def test_layer_compiles_and_exports():
     expected = layer(*args)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(*args), expected)
     torch.testing.assert_close(torch.export.export(layer, args).module()(*args), expected)
+
+
+def test_shapes_in_a_tensor_compile_once_for_all_sizes():
+    value, _, _, locations, weights = inputs()
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def attend(value, locations, weights, shapes):
+        return ms_deform_attn(value, shapes, None, locations, weights)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for sizes in (SIZES, [(5, 6), (4, 3), (1, 4)]):
+        args = value, locations, weights, torch.tensor(sizes)
+        torch.testing.assert_close(*(forward_backward(f, args, torch.float32) for f in (compiled, attend)))
+    assert counter.frame_count == 1
+    with pytest.raises(RuntimeError, match="46"):
+        compiled(value, locations, weights, torch.tensor([(5, 6), (4, 3), (2, 4)]))
 
 
 class Reference(nn.Module):

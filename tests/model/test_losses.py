@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from icf import losses
-from icf.losses import Losses, dense_losses, matched_losses
+from icf.losses import Losses, class_losses, dense_losses, matched_losses
 
 
 def masks(n=3, size=16, classes=2):
@@ -23,6 +23,15 @@ def test_dense_losses_are_their_formulas():
     torch.testing.assert_close(terms["bce"], sum(F.binary_cross_entropy_with_logits(x, y) for x in logits))
     torch.testing.assert_close(terms["dice"], dice)
     torch.testing.assert_close(terms["focal"], sum(sigmoid_focal_loss(x, y, reduction="mean") for x in logits))
+
+
+def test_class_losses_are_cross_entropy_where_the_class_is_known():
+    logits, target = torch.randn(2, 3, 5, 4, 4), masks(classes=5)
+    target[:, :8] = losses.IGNORE
+    large = [F.interpolate(x, size=(16, 16), mode="bilinear", align_corners=False)[:, :, 8:] for x in logits]
+    expected = sum(F.cross_entropy(x, target[:, 8:].long()) for x in large)
+    torch.testing.assert_close(class_losses(logits, target), {"ce": expected})
+    assert class_losses(logits, torch.full_like(target, losses.IGNORE))["ce"] == 0
 
 
 def test_logits_are_enlarged_to_the_masks():

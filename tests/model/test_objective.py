@@ -288,7 +288,7 @@ def make_cdcl(**cdcl):
 
 
 @pytest.mark.parametrize("kind", ["distribution", "prototype", "feature"])
-@pytest.mark.parametrize("negatives", ["cf", "batch"])
+@pytest.mark.parametrize("negatives", ["cf", "batch", "both"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("pooled", [False, True])
 def test_every_kind_of_contrast(kind, negatives, masked, pooled):
