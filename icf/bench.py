@@ -230,10 +230,15 @@ def _speedup(times: dict[str, float]) -> float | None:
     return times["reference"] / min(others) if others and "reference" in times else None
 
 
+def _turns(bench: dict) -> dict[str, float]:
+    """Ratios to ours of versions that took turns."""
+    ratios = bench["extra_info"].get("times_ours") or bench["extra_info"].get("ratios") or {}
+    return ratios.get("in turn", ratios)
+
+
 def _ratios(bench: dict) -> dict[str, float]:
     """Of others to ours; settings of ours and the floor left out."""
-    ratios = bench["extra_info"].get("times_ours") or bench["extra_info"].get("ratios") or {}
-    return {name: ratio for name, ratio in ratios.items() if not name.startswith("ours") and name != "floor"}
+    return {name: ratio for name, ratio in _turns(bench).items() if not name.startswith("ours") and name != "floor"}
 
 
 def _steps(benchmarks: Sequence[dict]) -> list[tuple[dict, dict]]:
@@ -251,8 +256,8 @@ def _limits(benchmarks: Sequence[dict]) -> dict[str, float] | None:
 def _roofline(bench: dict, limits: dict[str, float] | None) -> float | None:
     """Share of the speed that bytes to be moved and operations to be done allow."""
     extra = bench["extra_info"]
-    if "floor" in extra.get("ratios", {}):
-        return extra["ratios"]["floor"]
+    if "floor" in _turns(bench):
+        return _turns(bench)["floor"]
     floor = extra.get("floor") or {"flops": 1e9 * (extra.get("gemm_gflop", 0) + extra.get("rotation_gflop", 0))}
     least = max(floor[key] / limits[key] for key in floor) if limits else 0
     return least / _seconds(bench) if least else None

@@ -275,8 +275,8 @@ def bench_report(args: list[str]) -> None:
 
 BENCH = {"run": bench_run, "report": bench_report}
 
-COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "predict": predict, "data": data, "profile": profile,
-            "bench": bench, "info": info}
+COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "predict": predict, "data": data,
+            "profile": profile, "bench": bench, "info": info}
 
 
 def command(usage: str, description: str, epilog: str = "") -> argparse.ArgumentParser:

@@ -42,6 +42,7 @@ BENCHMARKS = [
     measured("machine-copy", 0.1, copy_bytes_per_s=1e10), measured("machine-matmul", 0.1, matmul_flops_per_s=1e11),
     measured("ms_deform_attn-small", 2e-3, floor={"bytes": 1e7, "flops": 1e6},
              times_ours={"ours": 1.0, "ours, bfloat16": 0.5, "grid_sample": 3.2}),
+    measured("set-8x4x256", 1e-3, ratios={"in turn": {"qr": 20.0, "floor": 0.25}, "in a row": {"qr": 9.0}}),
     contrast(8, 256, 1e-3), contrast(32, 256, 5e-3), contrast(8, 512, 2e-3),
     measured("train_step-toy", 0.2, encoder="test_resnet", clips=4, frames=5, size=64, dtype="float32",
              seconds={FAST: 0.2, REFERENCE: 0.6, DENSE: 0.8}, times_fast={REFERENCE: 3.0, DENSE: 4.0},
@@ -82,6 +83,7 @@ def test_report_fills_every_section_and_keeps_the_rest(saved, tmp_path, capsys):
     assert filled.endswith("<!-- bench:end plots -->\n\nThe end.\n")
     assert cells(filled, "blend-8x256-forward") == ["blend-8x256-forward", "4", "1", "4 x"]
     assert cells(filled, "ms_deform_attn-small")[1:] == ["2", "grid_sample 3.2 x", "50.0%"]    # 1 ms of bytes in 2 ms
+    assert cells(filled, "set-8x4x256")[1:] == ["1", "qr 20 x", "25.0%"]
     assert cells(filled, "gw_contrast, B=8, T=5, d=256")[1:] == ["1", "POT 300 x", "1.0%"]
     assert cells(filled, "train_step-toy: test_resnet, B=4, 64², float32, ref")[1:] == ["600", "3 x", "6.7", "250"]
     assert cells(filled, "train_step-toy: SC")[1:] == ["20 (20.0%)"] * 3
