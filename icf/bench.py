@@ -293,7 +293,7 @@ def draw(run: Run, folder: Path) -> list[Path]:
         figure = draw_into(run.benchmarks)
         if figure is not None:
             written.append(folder / f"{run.name}-{kind}.png")
-            figure.suptitle(run.source, color=INK, fontsize=7)
+            figure.suptitle(run.source.replace("`", ""), color=INK, fontsize=7)
             figure.patch.set_alpha(0)
             write_atomic(written[-1], lambda path, figure=figure: figure.savefig(
                 path, format="png", dpi=120, metadata={"Software": None}))
@@ -315,6 +315,17 @@ def _figure(rows: float = 8, columns: int = 1):
     return figure, axes
 
 
+def _log_ticks(axis, which: str, digits: Sequence[int]) -> None:
+    """A logarithmic axis, with ticks at powers of ten times `digits`, as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    scaled = axis.xaxis if which == "x" else axis.yaxis
+    axis.set(**{f"{which}scale": "log"})
+    scaled.set_major_locator(LogLocator(subs=digits))
+    scaled.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    scaled.set_minor_formatter(NullFormatter())
+
+
 def _bars(values: dict[str, float], title: str, limit: float | None = None, log: bool = False):
     """A horizontal bar for each value, the first on top, with a line at `limit`."""
     if not values:
@@ -325,7 +336,7 @@ def _bars(values: dict[str, float], title: str, limit: float | None = None, log:
     axis.invert_yaxis()
     axis.set_title(title, color=INK, fontsize=9)
     if log:
-        axis.set_xscale("log")
+        _log_ticks(axis, "x", (1, 2, 5))
     if limit is not None:
         axis.axvline(limit, color=INK, lw=0.8, ls="--")
     return figure
@@ -367,7 +378,9 @@ def _draw_contrast(benchmarks):
             for name, ratio in _ratios(sizes[size]).items():
                 curves.setdefault(name, {})[size[place]] = ratio * _seconds(sizes[size])
         for name, curve in curves.items():
-            axis.loglog([*curve], [1e3 * seconds for seconds in curve.values()], "o-", ms=3, label=name)
+            axis.plot([*curve], [1e3 * seconds for seconds in curve.values()], "o-", ms=3, label=name)
+        _log_ticks(axis, "x", (1, 2, 4, 8))
+        _log_ticks(axis, "y", (1,))
         fixed = dict(zip("BTd", longest[0], strict=True))
         axis.set_title(", ".join(f"{key}={value}" for i, (key, value) in enumerate(fixed.items()) if i != place),
                        color=INK, fontsize=9)

@@ -157,7 +157,7 @@ def breakdown(profile: torch.profiler.profile, names: Iterable[str], steps: int 
     The backward of a range is found by the numbers that autograd gives its nodes. Times are of the GPU where there is
     one, else of the thread that takes the step.
     """
-    names, spent = {*names}, defaultdict(Spent)
+    names, spent = [*names], defaultdict(Spent)
     events = sorted((e for e in profile.events() if e.device_type == DeviceType.CPU), key=lambda e: e.time_range.start)
     on_gpu, made = any(e.kernels for e in events), {}
 
@@ -178,7 +178,7 @@ def breakdown(profile: torch.profiler.profile, names: Iterable[str], steps: int 
             made[event.thread, event.sequence_nr] = name    # ops that make no node carry the number of the next one
         seconds = 1e-6 / steps * (sum(k.duration for k in event.kernels) if on_gpu else event.self_cpu_time_total)
         spent[name] += Spent(0.0, seconds) if backward else Spent(seconds, 0.0)
-    return dict(spent)
+    return {name: spent[name] for name in (*names, OPTIMIZER, REST) if name in spent}
 
 
 def profile(cfg: Config, target: Path, steps: int = 1, device: str | None = None) -> None:
@@ -195,7 +195,7 @@ def profile(cfg: Config, target: Path, steps: int = 1, device: str | None = None
     write_atomic(target, lambda path: _export(traced, path, compress=target.suffix == ".gz"))
     console = Console()
     for title, names in ("part", PARTS), ("operator", OPERATORS):
-        console.print(_table(title, breakdown(traced, names, steps), names))
+        console.print(_table(title, breakdown(traced, names, steps)))
     if (grown := peak_memory(step, step.device)) is not None:
         console.print(f"memory that a step adds at its peak: {grown / 2**20:.0f} MiB")
     console.print(f"Chrome trace, for chrome://tracing or ui.perfetto.dev: {target}")
@@ -246,12 +246,11 @@ def _kibibytes(status: Path, field: str) -> int:
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
 
 
-def _table(title: str, spent: dict[str, Spent], names: Iterable[str]) -> Table:
+def _table(title: str, spent: dict[str, Spent]) -> Table:
     table, total = Table(title, "forward ms", "backward ms", "share"), sum(s.total for s in spent.values())
     for column in table.columns[1:]:
         column.justify = "right"
-    for name in [*(n for n in names if n in spent), *spent.keys() - {*names}]:
-        forward, backward = spent[name]
-        table.add_row(name, f"{1e3 * forward:.2f}", f"{1e3 * backward:.2f}", f"{spent[name].total / total:.1%}")
+    for name, own in spent.items():
+        table.add_row(name, f"{1e3 * own.forward:.2f}", f"{1e3 * own.backward:.2f}", f"{own.total / total:.1%}")
     table.add_row("step", "", f"{1e3 * total:.2f}", "")
     return table
