@@ -1,9 +1,10 @@
-"""The command line: ``icf COMMAND``, see `USAGE`. Parses, then calls one function each."""
+"""The command line, ``icf COMMAND``: parses, then calls one function each."""
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,8 @@ USAGE = """usage: icf COMMAND ...
   evaluate RUN         score a run folder or weights file on a data set
   export RUN FILE      write what inference needs of a run, without the training objective
   predict SOURCE       segment what sounds in a video, or in a folder of frames with a wav file
+  compare RUN ...      runs side by side: scores, features, and the clips on which they differ
+  ablate               train the paper's ablations, and set what is measured beside its numbers
   data toy FOLDER      write the toy benchmark
   data check ROOT      validate a data set, file by file
   data import ROOT V   add a video, and masks of it, to own labelled clips
@@ -33,8 +36,12 @@ USAGE = """usage: icf COMMAND ...
 
 def presets() -> dict[str, Path]:
     """The presets that come with the package, by name."""
-    folder = Path(str(files("icf.configs")))
-    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+    return {path.stem: path for path in sorted(Path(str(files("icf.configs"))).glob("*.yaml"))}
+
+
+def ablations() -> dict[str, Path]:
+    """What each ablation changes in the full method, by name: YAML files to be laid over a preset."""
+    return {path.stem: path for path in sorted(Path(str(files("icf.configs")), "ablations").glob("*.yaml"))}
 
 
 def preset_file(name: str) -> str:
@@ -54,9 +61,16 @@ def parse(own: argparse.ArgumentParser, args: list[str], base) -> tuple[argparse
 
     Args:
         own: the parser of the command's own options; a leading argument that is no option becomes its ``target``.
-        base: from the command's own options, the YAML file or text that the configuration starts from, if any. The
-            remaining options of ``args`` (``--train.lr 1e-3``) go on top.
+        base: from the command's own options, the YAML files or texts that the configuration starts from, each laid
+            over those before. The remaining options of ``args`` (``--train.lr 1e-3``) go on top.
     """
+    options, configure = prepare(own, args)
+    return options, configure(base(options))
+
+
+def prepare(own: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Namespace, Callable[..., Config]]:
+    """The command's own options, and a function that gives the configuration of the others, which lie between YAML
+    files or texts ``below`` and, if given, ``above`` them."""
     fields = config_parser(prog=own.prog, usage=argparse.SUPPRESS, exit_on_error=False)
     if {"-h", "--help"} & {*args}:
         own.print_help()
@@ -66,25 +80,32 @@ def parse(own: argparse.ArgumentParser, args: list[str], base) -> tuple[argparse
     target, args = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     options, rest = own.parse_known_args(args)
     options.target = target
-    start = base(options)
-    return options, build_config(fields, fields.parse_args([*(["--config", start] if start else []), *rest]))
+
+    def configure(below: list[str], above: Sequence[str] = ()) -> Config:
+        layers = [*(("--config", x) for x in below), rest, *(("--config", x) for x in above)]
+        return build_config(fields, fields.parse_args([arg for layer in layers for arg in layer]))
+
+    return options, configure
 
 
 def train(args: list[str]) -> None:
     own = command("train [PRESET]", "Train a model, evaluate it on the test split and write a report.",
                   f"PRESET is a YAML file or one of: {', '.join(presets())}. The default is {DEFAULT_PRESET}.")
+    own.add_argument("--ablation", choices=tuple(ablations()), metavar="NAME",
+                     help=f"change the method as in a row of the paper's Table 2: {', '.join(ablations())}")
     own.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     own.add_argument("--with-icf", action="store_true", help="--objective.enabled true, and -icf after the name of the "
                      "preset's run folder: the objective for models that come without it, as toy-tpavi")
     with_icf = "--with-icf" in args
     args = [*args, *(["--objective.enabled=true"] if with_icf else [])]
 
-    def base(options) -> str:
+    def base(options) -> list[str]:
         if options.resume is None:
-            return preset_file(options.target or DEFAULT_PRESET)
-        if options.target is not None:
-            raise ValueError(f"train: --resume brings its own configuration; leave out the preset {options.target!r}")
-        return config_of(options.resume)
+            changed = [str(ablations()[options.ablation])] if options.ablation else []
+            return [preset_file(options.target or DEFAULT_PRESET), *changed]
+        if named := options.target or options.ablation:
+            raise ValueError(f"train: --resume brings its own configuration; leave out {named!r}")
+        return [config_of(options.resume)]
 
     options, cfg = parse(own, args, base)
     from .train import train as run
@@ -102,10 +123,10 @@ def evaluate(args: list[str]) -> None:
     own.add_argument("--save-masks", action="store_true", help="write the predicted masks as PNG files")
     own.add_argument("--masks", type=Path, help="score the masks of this folder instead of a model's")
 
-    def base(options) -> str | None:
+    def base(options) -> list[str]:
         if options.target is None and options.masks is None:
             raise ValueError("evaluate: a run folder or weights file is required, as in: icf evaluate runs/toy-s4")
-        return options.target and config_of(Path(options.target))
+        return [config_of(Path(options.target))] if options.target else []
 
     options, cfg = parse(own, args, base)
     if options.target and not any(arg.startswith("--out") for arg in args):  # beside the weights, wherever they are now
@@ -141,10 +162,10 @@ def predict(args: list[str]) -> None:
     own.add_argument("--overlap", type=int, default=0, metavar="SECONDS", help="overlap of neighbouring windows")
     own.add_argument("--silent-ok", action="store_true", help="treat a video without sound as silent")
 
-    def base(options) -> str:
+    def base(options) -> list[str]:
         if options.target is None:
             raise ValueError("predict: a video file or a folder of frames is required, as in: icf predict CLIP.mp4")
-        return config_of(options.weights)
+        return [config_of(options.weights)]
 
     options, cfg = parse(own, args, base)
     from .checkpoint import read_notes
@@ -153,6 +174,48 @@ def predict(args: list[str]) -> None:
     out, classes = options.output or Path("predictions") / source.stem, read_notes(options.weights).get("classes")
     run(load(options.weights, device), cfg, source, out, device=device, silent_ok=options.silent_ok,
         overlap=options.overlap, classes=classes or None)
+
+
+def compare(args: list[str]) -> None:
+    own = argparse.ArgumentParser(prog="icf compare", description="Show the same clips to the models of several runs "
+                                  "and write compare.html: scores, t-SNE of the features, predictions side by side.")
+    own.add_argument("sources", type=Path, nargs="+", metavar="RUN", help="run folder or weights file")
+    own.add_argument("--names", nargs="+", metavar="NAME", help="what to call the runs (default: their folders)")
+    own.add_argument("--out", type=Path, default=Path("compare"), help="folder to write to (default: %(default)s)")
+    own.add_argument("--split", choices=("train", "val", "test"), default="test")
+    own.add_argument("--clips", type=int, default=64, metavar="N", help="clips to look at (default: %(default)s)")
+    own.add_argument("--rows", type=int, default=8, metavar="N", help="of these, to draw (default: %(default)s)")
+    own.add_argument("--root", type=Path, help="where the data is (default: where the first run had it)")
+    own.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default a GPU if there is one")
+    options = vars(own.parse_args(args))
+    from .compare import compare as run
+    options["device"] = pick_device(options["device"])
+    print(run(**options))
+
+
+def ablate(args: list[str]) -> None:
+    own = command("ablate", "Train the rows of the paper's Table 2, or the sweeps of its Figure 5, and set what is "
+                  "measured beside its numbers. Runs that are there are not trained again.",
+                  "The fields of the configuration hold for all rows, but for what a row is about.")
+    study = own.add_mutually_exclusive_group()
+    study.add_argument("--table", type=int, choices=(2,), help="components and variants (the default)")
+    study.add_argument("--figure", type=int, choices=(5,), help="sweeps and disturbances")
+    own.add_argument("--base", default="toy-ms3", metavar="PRESET", help="the full method (default: %(default)s)")
+    own.add_argument("--rows", nargs="+", metavar="ROW", help="some only: ablations of the table, as of icf train "
+                     "--ablation, or sweeps of the figure: keep, alpha, start, snr_db, frame_mix")
+    own.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    own.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs and the table "
+                     "(default: %(default)s)")
+    own.add_argument("--report-only", action="store_true", help="write the table of what there is, train nothing")
+    options, configure = prepare(own, args)
+    if options.target is not None:
+        raise ValueError(f"ablate: expected options only, got {options.target!r}; --base names a preset")
+    from .ablate import ablate as run
+    from .ablate import figure_5, table_2
+    plan = figure_5 if options.figure else table_2
+    base = preset_file(options.base)
+    found = plan(lambda name: configure([base], [str(ablations()[name])]), options.rows)
+    run(found, options.seeds, options.out, pick_device(None), options.report_only)
 
 
 def data(args: list[str]) -> None:
@@ -275,8 +338,8 @@ def bench_report(args: list[str]) -> None:
 
 BENCH = {"run": bench_run, "report": bench_report}
 
-COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "predict": predict, "data": data,
-            "profile": profile, "bench": bench, "info": info}
+COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "predict": predict, "compare": compare,
+            "ablate": ablate, "data": data, "profile": profile, "bench": bench, "info": info}
 
 
 def command(usage: str, description: str, epilog: str = "") -> argparse.ArgumentParser:

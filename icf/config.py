@@ -55,6 +55,10 @@ class DataConfig:
         workers: loader processes; `null` chooses by the number of cores.
         cache: keep what was read in memory that the workers share: log-mels, frames and labels, each if all of a split
             take less than 1 GiB.
+        replaced_audio: a folder with `<clip>.wav` for every training clip, what could sound instead, for
+            `objective.sc.generator: audio_replacement`.
+        captions: JSON file, `{clip: [caption, ...]}` for every training clip, equally many each, of which objects were
+            replaced, for `objective.sc.generator: text_revision`.
         toy: set, the data is the toy benchmark, generated when it is missing.
     """
 
@@ -68,6 +72,8 @@ class DataConfig:
     augmentation: Literal["none", "flip", "combo"] = "none"
     workers: int | None = None
     cache: bool = True
+    replaced_audio: Path | None = None
+    captions: Path | None = None
     toy: ToyConfig | None = None
 
 
@@ -310,11 +316,10 @@ class CDCLConfig:
         theta, theta_low: see there.
         no_negatives: a clip that all others are positives of repels them nonetheless (`diag`), or is left out (`skip`).
         text_negatives: counterfactuals (`cf`) *(paper)*, texts of other clips (`batch`), which stand in where there is
-            no SC, or `both`: against its own counterfactuals alone, a text may be the same for all clips.
+            no SC, or `both` *(ours)*. Against its own counterfactuals alone a text, and sound and sight with it, may be
+            the same for all clips: on the toy benchmark the loss vanishes so, and segmentation gets worse.
         weights: of counterfactuals, by their degree (`rho`) or by `alpha` alone.
         weight_sum: `one`, as printed: all negatives weigh as one; `keep`: each as one.
-        features: `after` the decoder's interaction of sight and sound *(paper)*, or `before` it, where neither holds
-            anything of the other, so that the contrast cannot be met by copying.
         visual_pool: vision is averaged where the model sees a foreground (`mask`), or everywhere (`gap`).
         gather: contrast with the clips of all processes.
     """
@@ -334,10 +339,9 @@ class CDCLConfig:
     theta: float = 0.9
     theta_low: float = 0.6
     no_negatives: Literal["diag", "skip"] = "diag"
-    text_negatives: Literal["cf", "batch", "both"] = "cf"
+    text_negatives: Literal["cf", "batch", "both"] = "both"
     weights: Literal["rho", "alpha"] = "rho"
     weight_sum: Literal["one", "keep"] = "one"
-    features: Literal["after", "before"] = "after"
     visual_pool: Literal["mask", "gap"] = "mask"
     gather: bool = True
 
@@ -370,8 +374,8 @@ class ObjectiveConfig:
         _require(mit.enabled or cdcl.positives == "diag" or not cdcl.enabled, f"{key}.cdcl.positives",
                  "diag where mit.enabled is false", cdcl.positives)
         texts = sc.enabled and sc.generator != "residual"
-        _require(texts or not cdcl.enabled or cdcl.text_negatives == "batch" or not set(cdcl.pairs) - {"va"},
-                 f"{key}.cdcl.text_negatives", "batch where SC makes no counterfactual texts", cdcl.text_negatives)
+        _require(texts or not cdcl.enabled or cdcl.text_negatives != "cf" or not set(cdcl.pairs) - {"va"},
+                 f"{key}.cdcl.text_negatives", "batch or both where SC makes no texts", cdcl.text_negatives)
         read = mit.inject != "none" or sc.enabled or (cdcl.enabled and {*cdcl.pairs} - {"va"})
         _require(not mit.enabled or read, f"{key}.mit.inject", "cross_attention where neither SC nor CDCL use the text",
                  mit.inject)
@@ -381,9 +385,7 @@ class ObjectiveConfig:
         lo, hi = sc.alpha
         _require(0 <= lo <= hi <= 1, f"{key}.sc.alpha", "lo <= hi in [0, 1]", sc.alpha)
         _require(1 <= sc.keep <= sc.candidates, f"{key}.sc.keep", "1 to sc.candidates", sc.keep)
-        stride = sc.start // max(sc.ddim_steps, 1)
-        _require(0 < sc.start <= sc.steps and sc.ddim_steps >= 1 and sc.start == stride * sc.ddim_steps
-                 and sc.steps // (sc.steps // stride) == stride, f"{key}.sc.start",
+        _require(denoises(sc.start, sc.ddim_steps, sc.steps), f"{key}.sc.start",
                  "a multiple of sc.ddim_steps, at most sc.steps, by strides that the schedule can take", sc.start)
         _require(sc.dim % sc.blocks == 0 and sc.dim // sc.blocks >= 2, f"{key}.sc.blocks",
                  "a divisor of sc.dim that leaves at least 2 dimensions", sc.blocks)
@@ -480,6 +482,10 @@ class Config:
         require(self.train.iters is None or self.train.iters >= 1, "train.iters", "at least 1", self.train.iters)
         require(self.train.lr > 0, "train.lr", "above 0", self.train.lr)
         self.objective.check()
+        revised = self.objective.enabled and self.objective.sc.enabled and (
+            self.objective.sc.generator == "text_revision")
+        require(not revised or self.data.captions is not None, "data.captions",
+                "a JSON file of revised captions for objective.sc.generator=text_revision", self.data.captions)
         require(0 < self.eval.threshold < 1, "eval.threshold", "between 0 and 1", self.eval.threshold)
 
     def to_dict(self) -> dict:
@@ -510,6 +516,13 @@ def build_config(parser: ArgumentParser, parsed: Namespace) -> Config:
     cfg = Config(**{field.name: values[field.name] for field in fields(Config)})
     cfg.check()
     return cfg
+
+
+def denoises(start: int, ddim_steps: int, steps: int) -> bool:
+    """Whether a schedule of ``steps`` leads from ``start`` to zero in ``ddim_steps`` equal strides."""
+    stride = start // max(ddim_steps, 1)
+    return 0 < start <= steps and ddim_steps >= 1 and start == stride * ddim_steps and (
+        steps // (steps // stride) == stride)
 
 
 def _require(ok: bool, key: str, expected: str, got) -> None:

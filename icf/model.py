@@ -116,11 +116,7 @@ class ICF(nn.Module):
                 return losses
             if not contrasted:
                 return losses + self.objective.contrast(None, None, reading, cf)
-            if self.objective.config.cdcl.features == "before":
-                seen, heard = clips.unpack(pixels), self.decoder.audio(audio)
-            else:
-                seen, heard = clips.unpack(decoded.pixels), clips.unpack(decoded.audio[:, 0])
-            where = clips.unpack(decoded.foreground)
+            seen, heard, where = (clips.unpack(x) for x in (decoded.pixels, decoded.audio[:, 0], decoded.foreground))
             return losses + self.objective.contrast(seen, heard, reading, cf, clips.mask, where)  # CDCL, Eq. 19
 
     def _encode(self, batch: Batch, clips: Packing) -> tuple[list[Tensor], list[Tensor], Tensor]:

@@ -114,14 +114,14 @@ def score_tables(results: dict) -> Group:
         scores.add_section()
         scores.add_row("", f"[bold]{title}")
         for score, mode, value, who in rows:
-            scores.add_row(score, mode, _number(value), who)
+            scores.add_row(score, mode, format_value(value), who)
     tables = [scores]
     for title, rows in (("group", _group_rows(results)), ("sound", _negative_rows(results))):
         if rows:
             columns = list(next(iter(rows.values())))
             table = Table(title, *columns)
             for name, row in rows.items():
-                table.add_row(name, *(_number(row.get(key)) for key in columns))
+                table.add_row(name, *(format_value(row.get(key)) for key in columns))
             tables.append(table)
     return Group(*tables)
 
@@ -142,7 +142,7 @@ def _negative_rows(results: dict) -> dict[str, dict]:
     return {kind: {names[key]: scores[key] for key in names} for kind, scores in results["negatives"].items()}
 
 
-def _number(value) -> str:
+def format_value(value) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -248,7 +248,6 @@ def curves(history: dict) -> bytes:
     Args:
         history: `metrics.json` of a run: `steps` [{step, loss, lr, ...}], `evaluations` [{step, J, F, ...}].
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps, evaluations = history.get("steps", []), history.get("evaluations", [])
@@ -263,18 +262,30 @@ def curves(history: dict) -> bytes:
     for key in ("J", "F"):
         axes[2].plot([row["step"] for row in evaluations], [row[key] for row in evaluations], "o-", ms=3, label=key)
     for axis, title in zip(axes, ("loss, smoothed", "learning rate", "validation"), strict=True):
-        axis.set_title(title, color=INK, fontsize=10)
-        axis.set_xlabel("step", color=INK, fontsize=9)
-        axis.tick_params(colors=INK, labelsize=8)
+        tint(axis, title, "step")
         axis.grid(alpha=0.25, color=INK)
-        axis.set_facecolor("none")
-        for spine in axis.spines.values():
-            spine.set_color(INK)
-            spine.set_alpha(0.4)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, frameon=False, labelcolor=INK)
     if any(value > 0 for row in steps for value in [row["loss"]]):
         axes[0].set_yscale("log")
+    return png(figure)
+
+
+def tint(axis, title: str, label: str) -> None:
+    """Give an axis of matplotlib its title, the label below it, and colours that suit light and dark pages."""
+    axis.set_title(title, color=INK, fontsize=10)
+    axis.set_xlabel(label, color=INK, fontsize=9)
+    axis.tick_params(colors=INK, labelsize=8)
+    axis.set_facecolor("none")
+    for spine in axis.spines.values():
+        spine.set_color(INK)
+        spine.set_alpha(0.4)
+
+
+def png(figure) -> bytes:
+    """A figure of matplotlib as PNG, its background clear."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     figure.patch.set_alpha(0)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
@@ -319,37 +330,43 @@ def page(results: dict, samples: Sequence[Sample], classes: Sequence[str] = (), 
     """The text of `report.html`."""
     counts, title = results["counts"], f"{results['subset'].upper()} {results['split']}"
     header = ("score", "mode", "value", "reported by")
-    scores = "".join(f"<h3>{escape(name)}</h3>{_note(remark)}{_rows(header, rows, 'scores')}"
+    scores = "".join(f"<h3>{escape(name)}</h3>{note(remark)}{html_table(header, rows, 'scores')}"
                      for name, remark, rows in score_sections(results))
-    parts = [_cards(results), _section("Scores", scores)]
+    parts = [_cards(results), section("Scores", scores)]
     if groups := _group_rows(results):
-        parts.append(_section("Groups", _columns("group", groups)))
+        parts.append(section("Groups", _columns("group", groups)))
     if negatives := _negative_rows(results):
-        parts.append(_section("Sound replaced", _note(NEGATIVES) + _columns("sound", negatives)))
+        parts.append(section("Sound replaced", note(NEGATIVES) + _columns("sound", negatives)))
     if plot:
-        parts.append(_section("Training", f'<img class=plot alt="training curves" src="{_png(plot)}">'))
+        parts.append(section("Training", f'<img class=plot alt="training curves" src="{png_uri(plot)}">'))
     if results["classes"]:
-        parts.append(_section("Classes" if classes else "Categories", _class_table(results["classes"])))
+        parts.append(section("Classes" if classes else "Categories", _class_table(results["classes"])))
     if samples:
         clips = "".join(_clip(sample, classes) for sample in samples)
-        parts.append(_section("Clips", _legend(samples, classes) + clips))
+        parts.append(section("Clips", legend(samples, classes) + clips))
     settings = {**counts, **results["settings"]}
-    parts.append(_section("Settings", _rows(("setting", "value"), [(key, _text(settings[key])) for key in settings])))
+    rows = [(key, _text(settings[key])) for key in settings]
+    parts.append(section("Settings", html_table(("setting", "value"), rows)))
+    return document(title, f"{title}, {counts['clips']} clips, {counts['scored_frames']} scored frames at "
+                           f"{results['settings']['resolution']} pixels", parts)
+
+
+def document(title: str, subtitle: str, parts: Sequence[str], style: str = "") -> str:
+    """A whole page of finished parts, with `style` after the common one."""
     return (f'<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, '
-            f'initial-scale=1"><title>icf: {escape(title)}</title><style>{STYLE}</style></head><body><header>'
-            f"<h1>Audio-visual segmentation</h1><p>{escape(title)}, {counts['clips']} clips, {counts['scored_frames']} "
-            f"scored frames at {results['settings']['resolution']} pixels</p></header><main>{''.join(parts)}</main>"
+            f'initial-scale=1"><title>icf: {escape(title)}</title><style>{STYLE}{style}</style></head><body><header>'
+            f"<h1>Audio-visual segmentation</h1><p>{escape(subtitle)}</p></header><main>{''.join(parts)}</main>"
             "</body></html>\n")
 
 
-def _note(text: str) -> str:
+def note(text: str) -> str:
     return f"<p class=note>{escape(text)}</p>"
 
 
 def _text(value) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list) else _number(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else format_value(value)
 
 
 def _cards(results: dict) -> str:
@@ -365,15 +382,15 @@ def _cards(results: dict) -> str:
     if "gap" in results:
         cards.append(("Bias gap of J", results["gap"]["J"], "aligned less conflicting"))
     return "<section class=cards>" + "".join(
-        f"<div class=card><span>{escape(name)}</span><strong>{_number(value)}</strong><small>{escape(mode)}</small>"
-        "</div>" for name, value, mode in cards) + "</section>"
+        f"<div class=card><span>{escape(name)}</span><strong>{format_value(value)}</strong>"
+        f"<small>{escape(mode)}</small></div>" for name, value, mode in cards) + "</section>"
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
 
-def _rows(header: Sequence[str], rows: Sequence[Sequence], style: str = "") -> str:
+def html_table(header: Sequence[str], rows: Sequence[Sequence], style: str = "") -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
     return f'<div class=scroll><table class="{style}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -381,12 +398,12 @@ def _rows(header: Sequence[str], rows: Sequence[Sequence], style: str = "") -> s
 
 def _columns(first: str, rows: dict[str, dict]) -> str:
     columns = list(next(iter(rows.values())))
-    return _rows((first, *columns), [(name, *(row.get(key) for key in columns)) for name, row in rows.items()])
+    return html_table((first, *columns), [(name, *(row.get(key) for key in columns)) for name, row in rows.items()])
 
 
 def _cell(value) -> str:
     number = value is None or isinstance(value, (int, float))
-    return f"<td{' class=num' if number else ''}>{escape(_number(value))}</td>"
+    return f"<td{' class=num' if number else ''}>{escape(format_value(value))}</td>"
 
 
 def _class_table(rows: Sequence[dict]) -> str:
@@ -402,7 +419,7 @@ def _class_table(rows: Sequence[dict]) -> str:
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _legend(samples: Sequence[Sample], classes: Sequence[str]) -> str:
+def legend(samples: Sequence[Sample], classes: Sequence[str]) -> str:
     if classes:
         palette = class_colors(len(classes))
         shown = sorted({int(c) for sample in samples for mask in (sample.truth, sample.prediction)
@@ -416,20 +433,20 @@ def _legend(samples: Sequence[Sample], classes: Sequence[str]) -> str:
 
 def _clip(sample: Sample, classes: Sequence[str]) -> str:
     pictures = "".join(f"<div class=strip><span>{name}</span><img loading=lazy alt='{name} of {escape(sample.name)}' "
-                       f"src='{_jpeg(image)}'></div>" for name, image in strips(sample, classes).items())
+                       f"src='{jpeg_uri(image)}'></div>" for name, image in strips(sample, classes).items())
     tags = "".join(f"<b class={tag}>{escape(tag)}</b>" for tag in (sample.rank, *sample.groups))
     return f"<article><h3>{escape(sample.name)} {tags}<em>{_scores(sample)}</em></h3>{pictures}</article>"
 
 
 def _scores(sample: Sample) -> str:
-    return f"J {_number(sample.j)}  F {_number(sample.f)}"
+    return f"J {format_value(sample.j)}  F {format_value(sample.f)}"
 
 
-def _png(data: bytes) -> str:
+def png_uri(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def _jpeg(image: Image.Image) -> str:
+def jpeg_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=88, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -49,12 +49,19 @@ def test_options_override_files_and_files_override_presets(tmp_path, capsys):
     (["train", "--train.typo", "1"], "unrecognized arguments: --train.typo 1"),
     (["train", "--data.size", "100"], "data.size: expected a positive multiple of 32, got 100"),
     (["train", "avss-pvt", "--model.classes", "1"], "model.classes: expected the number of classes"),
-    (["train", "toy-s4", "--resume", "x"], "leave out the preset 'toy-s4'"),
+    (["train", "toy-s4", "--resume", "x"], "leave out 'toy-s4'"),
+    (["train", "--ablation", "mit", "--resume", "x"], "leave out 'mit'"),
+    (["train", "--ablation", "no-such-row"], "invalid choice: 'no-such-row'"),
+    (["train", "ablations/mit"], "no preset or YAML file 'ablations/mit'"),
     (["train", "--resume", "no-such-run"], "no weights at no-such-run"),
     (["evaluate"], "a run folder or weights file is required"),
     (["evaluate", "no-such-run"], "no weights at no-such-run"),
     (["predict"], "a video file or a folder of frames is required"),
     (["predict", "clip.mp4", "--weights", "no-such-run"], "no weights at no-such-run"),
+    (["ablate", "toy-ms3"], "--base names a preset"),
+    (["ablate", "--table", "2", "--figure", "5"], "not allowed with argument"),
+    (["ablate", "--rows", "mti"], "rows: expected some of baseline, mit, "),
+    (["ablate", "--figure", "5", "--rows", "mit"], "rows: expected some of keep, alpha, start, snr_db, frame_mix"),
     (["fly"], "no command 'fly'; one of: train"),
 ])
 def test_mistakes_end_in_one_line(args, message, capsys):
@@ -69,7 +76,7 @@ def test_info_names_versions_libraries_and_every_backend(capsys):
     assert all(expected in out for expected in ("torch 2", "icf_kernels._C ", "timm ", *operators))
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "data", "info"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "export", "predict", "compare", "ablate", "data", "info"])
 def test_help_is_written(command, capsys):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0 and f"usage: icf {command}" in out

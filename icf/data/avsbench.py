@@ -264,6 +264,10 @@ class AVSBench(torch.utils.data.Dataset):
         self._log_mels = Memory(count, (data.frames, 1, 96, 64), torch.float32)
         self._frames = Memory(count, (data.frames, 3, *side), torch.uint8)
         self._masks = Memory(count, (data.frames, *side), torch.uint8)
+        training = split == "train"
+        self._captions = read_captions(data.captions, self.names) if training and data.captions else None
+        self._sounds = find_replaced(data.replaced_audio, self.names) if training and data.replaced_audio else None
+        self._replaced = Memory(count if self._sounds else 0, (data.frames, 1, 96, 64), torch.float32)
 
     def _find(self) -> tuple[Path, list[Record], list[str]]:
         """Where the data lie, the clips of all splits with the labels that are used, and the classes."""
@@ -340,7 +344,12 @@ class AVSBench(torch.utils.data.Dataset):
                 frames, masks, generator, scale=self.subset != "avss")
         real = steps < len(record.frames)
         frames[~real], masks[~real] = 0, 0
-        return Clip(frames, log_mel, masks, real, steps < record.labelled, record.name, record.categories)
+        return Clip(frames, log_mel, masks, real, steps < record.labelled, record.name, record.categories,
+                    None if self._sounds is None else self._replaced.get(index, lambda: self._replaced_examples(index)),
+                    None if self._captions is None else self._captions[index])
+
+    def _replaced_examples(self, index: int) -> Tensor:
+        return self._examples(index, resample(*load_wav(self._sounds[index])))
 
     def _examples(self, index: int, waveform: Tensor | None = None) -> Tensor:
         """[T,1,96,64]: as many examples as there are frames, completed as the subset wants it, then zeros."""
@@ -376,6 +385,46 @@ class AVSBench(torch.utils.data.Dataset):
             mask = semantic_mask(values, len(self.classes), path) if self.classes else binary_mask(values)
             masks[i] = resize_label(mask, size, self._crop)
         return masks
+
+
+def find_replaced(folder: Path, names: list[str]) -> list[Path]:
+    """The sound files `<clip>.wav` of `folder` that could sound instead of those of the clips.
+
+    Raises FileNotFoundError where the folder, or the file of a clip, is missing.
+    """
+    files = [Path(folder, f"{name}.wav") for name in names]
+    if missing := [path for path in files if not path.is_file()]:
+        raise FileNotFoundError(f"data.replaced_audio: expected <clip>.wav for each of {len(names)} training clips, "
+                                f"{len(missing)} are missing, the first is {missing[0]}")
+    return files
+
+
+def read_captions(path: Path, names: list[str]) -> list[tuple[str, ...]]:
+    """Revised captions of the clips from a JSON file `{clip: [caption, ...]}`, equally many each.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else, or lacks a clip.
+    """
+    expected = "data.captions: expected {clip: [caption, ...]}, as many captions for every training clip"
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{expected}; there is no file {path}")
+    try:
+        captions = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{expected}; {path} is not JSON ({error})") from error
+    lacking = [name for name in names if name not in captions] if isinstance(captions, dict) else names
+    if lacking:
+        raise ValueError(f"{expected}; {path} lacks {len(lacking)} of {len(names)} clips, the first is {lacking[0]!r}")
+    first = captions[names[0]]
+    for name in names:
+        own = captions[name]
+        if not (isinstance(own, list) and own and all(isinstance(text, str) for text in own)):
+            raise ValueError(f"{expected}; {path} has {own!r} for {name!r}")
+        if len(own) != len(first):
+            raise ValueError(f"{expected}; {path} has {len(first)} for {names[0]!r} and {len(own)} for {name!r}")
+    return [tuple(captions[name]) for name in names]
 
 
 def _supervise(record: Record, supervision: str) -> Record:

@@ -353,3 +353,47 @@ def test_waveform_of_float_files_is_kept(own_root, load):
     sound = 0.3 * np.sin(np.arange(80000) / 7).astype(np.float32)
     soundfile.write(record.sound, sound, 16000, subtype="FLOAT")
     assert np.array_equal(load("s4", "val", root=root).waveform(0)[0].numpy(), sound)
+
+
+def write_replacements(folder, dataset, captions=2):
+    """Other sounds and captions for every clip of a data set: settings of `DataConfig`."""
+    for index, name in enumerate(dataset.names):
+        soundfile.write(folder / f"{name}.wav", dataset.waveform(-1 - index)[0].numpy(), 16000, "FLOAT")
+    texts = {name: [f"{name} says {i}" for i in range(captions)] for name in dataset.names}
+    (folder / "captions.json").write_text(json.dumps(texts))
+    return {"replaced_audio": folder, "captions": folder / "captions.json"}
+
+
+@pytest.mark.parametrize("subset", ["ms3", "avss"])
+def test_replaced_sounds_and_captions_come_with_training_clips_alone(load, tmp_path, subset):
+    plain = load(subset, "train")
+    given = write_replacements(tmp_path, plain)
+    dataset = load(subset, "train", **given)
+    for index, name in enumerate(dataset.names):
+        clip, expected = dataset[index], dataset.with_audio(index, plain.waveform(-1 - index)[0]).log_mel
+        assert torch.equal(clip.replaced_log_mel, expected)
+        assert clip.captions == (f"{name} says 0", f"{name} says 1")
+        assert torch.equal(clip.log_mel, plain[index].log_mel)
+    batch = collate([dataset[0], dataset[1]])
+    assert batch.replaced_log_mel.shape == batch.log_mel.shape and batch.captions[1] == dataset[1].captions
+    test = load(subset, "test", **given)[0]
+    assert test.replaced_log_mel is None and test.captions is None
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda folder, names: (folder / f"{names[1]}.wav").unlink(), r"data.replaced_audio: .* 1 are missing, the first"),
+    (lambda folder, names: (folder / "captions.json").unlink(), "data.captions: .* there is no file"),
+    (lambda folder, names: (folder / "captions.json").write_text("{"), "data.captions: .* is not JSON"),
+    (lambda folder, names: (folder / "captions.json").write_text("[1]"), "data.captions: .* lacks 5 of 5 clips"),
+    (lambda folder, names: (folder / "captions.json").write_text(json.dumps({name: "a" for name in names})),
+     "data.captions: .* has 'a' for"),
+    (lambda folder, names: (folder / "captions.json").write_text(
+        json.dumps({name: ["a"] * (1 + (name == names[2])) for name in names})),
+     "data.captions: .* 1 for .* and 2 for"),
+])
+def test_missing_replacements_are_named(load, tmp_path, damage, message):
+    dataset = load("ms3", "train")
+    given = write_replacements(tmp_path, dataset)
+    damage(tmp_path, dataset.names)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        load("ms3", "train", **given)

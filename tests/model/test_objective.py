@@ -351,9 +351,25 @@ def test_similarity_pulls_positives_together_and_the_printed_sign_drives_them_ap
         assert train("similarity") > 0.9 and train("paper") < 0.2
 
 
+def test_against_counterfactuals_alone_all_clips_may_become_one():
+    """Why other clips' texts are negatives too: without them, what is equal for all clips solves the task."""
+    cf_alone, both = make_cdcl(pairs=("vl",), text_negatives="cf"), make_cdcl(pairs=("vl",), positives="diag")
+    both.load_state_dict(cf_alone.state_dict())
+    text = said()
+    same = text._replace(z=text.z[:1].expand(4, -1, -1))
+    cf = imagined()._replace(texts=-same.z[:, None].expand(-1, 3, -1, -1))
+    visual, audio = torch.randn(1, T, 12).expand(4, -1, -1), torch.randn(4, T, 7)
+    with torch.no_grad():       # vision that says what the text says
+        for cdcl in (cf_alone, both):
+            cdcl.project["v"].weight.zero_(), cdcl.project["l"].bias.zero_()
+            cdcl.project["v"].bias.copy_(cdcl.project["l"](same.z[0]).mean(0))
+    losses = [float(cdcl(visual, audio, same, cf)[0]["vl"]) for cdcl in (cf_alone, both)]
+    assert losses[0] < 0.05 and losses[1] > 0.9 * math.log(4)
+
+
 def test_weights_of_counterfactuals_follow_their_degree():
     """A counterfactual counts more the milder it is, whether it is hard or easy to tell from the text."""
-    cdcl = make_cdcl(pairs=("vl",))
+    cdcl = make_cdcl(pairs=("vl",), text_negatives="cf")
     visual, audio, text, cf = torch.randn(1, T, 12), torch.randn(1, T, 7), said(1), imagined(1)
 
     def loss(*degree, texts=cf.texts, cdcl=cdcl):
@@ -363,7 +379,7 @@ def test_weights_of_counterfactuals_follow_their_degree():
     easy, hard = alone.index(min(alone)), alone.index(max(alone))
     degrees = [[0.05 if k == mild else 0.95 for k in range(3)] for mild in (easy, hard)]
     assert loss(*degrees[0]) < loss(*degrees[1])
-    keep = make_cdcl(pairs=("vl",), weight_sum="keep")
+    keep = make_cdcl(pairs=("vl",), text_negatives="cf", weight_sum="keep")
     keep.load_state_dict(cdcl.state_dict())
     assert loss(0.5, 0.5, 0.5, cdcl=keep) > loss(0.5, 0.5, 0.5)
 
@@ -439,7 +455,8 @@ def test_replaced_sounds_and_captions_are_heard():
 
 @pytest.mark.parametrize(("change", "key"), [
     (dict(mit={"enabled": False}), "sc.enabled"), (dict(mit={"enabled": False}, sc={"enabled": False}), "cdcl.pairs"),
-    (dict(sc={"enabled": False}), "cdcl.text_negatives"), (dict(sc={"keep": 9}), "sc.keep"),
+    (dict(sc={"enabled": False}, cdcl={"text_negatives": "cf"}), "cdcl.text_negatives"),
+    (dict(sc={"keep": 9}), "sc.keep"),
     (dict(sc={"start": 205}), "sc.start"), (dict(sc={"start": 2000}), "sc.start"),
     (dict(sc={"blocks": 3}), "sc.blocks"),
     (dict(sc={"alpha": (0.8, 0.7)}), "sc.alpha"), (dict(mit={"levels": ()}), "mit.levels"),
