@@ -294,7 +294,7 @@ def profile(args: list[str]) -> None:
     own.add_argument("--steps", type=int, default=1, help="steps that are traced, after one that is not")
     own.add_argument("--device", help="cpu, cuda, ..; by default a GPU if there is one")
     own.add_argument("--nvtx", action="store_true", help="mark the parts as NVTX ranges instead, for nsys profile")
-    options, cfg = parse(own, args, lambda options: preset_file(options.target or DEFAULT_PRESET))
+    options, cfg = parse(own, args, lambda options: [preset_file(options.target or DEFAULT_PRESET)])
     if options.steps < 1:
         raise ValueError(f"profile: --steps must be at least 1, got {options.steps}")
     from . import profile as profiling
