@@ -28,6 +28,9 @@ USAGE = """usage: icf COMMAND ...
   data toy FOLDER      write the toy benchmark
   data check ROOT      validate a data set, file by file
   data import ROOT V   add a video, and masks of it, to own labelled clips
+  profile [PRESET]     trace a training step: time of its parts and operators, and a Chrome trace
+  bench run            measure everything that can run here
+  bench report         tables and pictures of saved measurements
   info                 versions, what was built, which operator can run where, and why not
 
 `icf COMMAND --help` lists the options. `icf train` alone trains a small model on the toy benchmark."""
@@ -286,8 +289,60 @@ def info(args: list[str]) -> None:
             print(f"{name} is not installed")
 
 
+def profile(args: list[str]) -> None:
+    own = command("profile [PRESET]", "Trace a training step on random clips: what its parts and operators take, and a "
+                  "Chrome trace.", f"PRESET is a YAML file or one of: {', '.join(presets())}. The default is "
+                  f"{DEFAULT_PRESET}.")
+    own.add_argument("--trace", type=Path, metavar="FILE", help="the Chrome trace (default: trace.json in --out)")
+    own.add_argument("--steps", type=int, default=1, help="steps that are traced, after one that is not")
+    own.add_argument("--device", help="cpu, cuda, ..; by default a GPU if there is one")
+    own.add_argument("--nvtx", action="store_true", help="mark the parts as NVTX ranges instead, for nsys profile")
+    options, cfg = parse(own, args, lambda options: [preset_file(options.target or DEFAULT_PRESET)])
+    if options.steps < 1:
+        raise ValueError(f"profile: --steps must be at least 1, got {options.steps}")
+    from . import profile as profiling
+    if options.nvtx:
+        profiling.emit_nvtx(cfg, options.steps, options.device)
+    else:
+        profiling.profile(cfg, options.trace or cfg.out / "trace.json", options.steps, options.device)
+
+
+def bench(args: list[str]) -> None:
+    own = argparse.ArgumentParser(prog="icf bench", description="Measure the operators and the training step, and "
+                                  "report what was measured.")
+    own.add_argument("command", choices=tuple(BENCH))
+    BENCH[own.parse_args(args[:1]).command](args[1:])
+
+
+def bench_run(args: list[str]) -> None:
+    own = argparse.ArgumentParser(prog="icf bench run", description="Run the benchmarks of a checkout and save what "
+                                  "they measure. Further options go to pytest, as -k step or --benchmark-compare.")
+    own.add_argument("--json", type=Path, metavar="FILE",
+                     help="where to (default: benchmarks/results/cpu.json, or gpu-NAME.json)")
+    own.add_argument("--benchmarks", type=Path, default=Path("benchmarks"), help="folder of the benchmarks")
+    options, rest = own.parse_known_args(args)
+    from .bench import run
+    sys.exit(run(options.benchmarks, options.json, rest))
+
+
+def bench_report(args: list[str]) -> None:
+    own = argparse.ArgumentParser(prog="icf bench report", description="Turn saved measurements into tables and "
+                                  "pictures, between the marks <!-- bench:begin NAME --> and <!-- bench:end NAME -->.")
+    own.add_argument("--json", type=Path, nargs="+", metavar="FILE", help="default: cpu*.json, gpu-*.json in "
+                     "benchmarks/results")
+    own.add_argument("--into", type=Path, nargs="+", metavar="FILE", help="texts with marks (default: README.md and "
+                     "benchmarks/README.md)")
+    own.add_argument("--plots", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    options = own.parse_args(args)
+    from .bench import report, saved
+    report(options.json or saved(Path("benchmarks/results")),
+           options.into or [Path("README.md"), Path("benchmarks/README.md")], options.plots)
+
+
+BENCH = {"run": bench_run, "report": bench_report}
+
 COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "predict": predict, "compare": compare,
-            "ablate": ablate, "data": data, "info": info}
+            "ablate": ablate, "data": data, "profile": profile, "bench": bench, "info": info}
 
 
 def command(usage: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
