@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 from .config import SUBSETS, Config, ToyConfig, build_config, config_parser
 
-DEFAULT_PRESET = "toy-s4"
+DEFAULT_PRESET = "toy-ms3"
 USAGE = """usage: icf COMMAND ...
 
   train [PRESET]       train a model, evaluate it on the test split and write a report
@@ -128,7 +128,7 @@ def evaluate(args: list[str]) -> None:
 
     def base(options) -> list[str]:
         if options.target is None and options.masks is None:
-            raise ValueError("evaluate: a run folder or weights file is required, as in: icf evaluate runs/toy-s4")
+            raise ValueError("evaluate: a run folder or weights file is required, as in: icf evaluate runs/toy-ms3")
         return [config_of(Path(options.target))] if options.target else []
 
     options, cfg = parse(own, args, base)
