@@ -301,10 +301,12 @@ def profile(args: list[str]) -> None:
     if options.steps < 1:
         raise ValueError(f"profile: --steps must be at least 1, got {options.steps}")
     from . import profile as profiling
-    if options.nvtx:
-        profiling.emit_nvtx(cfg, options.steps, options.device)
-    else:
-        profiling.profile(cfg, options.trace or cfg.out / "trace.json", options.steps, options.device)
+    from .ops import use_backend
+    with use_backend(cfg.backend):
+        if options.nvtx:
+            profiling.emit_nvtx(cfg, options.steps, options.device)
+        else:
+            profiling.profile(cfg, options.trace or cfg.out / "trace.json", options.steps, options.device)
 
 
 def bench(args: list[str]) -> None:

@@ -56,7 +56,7 @@ class Step:
         self.accelerator, self.cfg = Accelerator(cpu=on_cpu, mixed_precision=cfg.train.amp), cfg
         set_seed(cfg.train.seed)
         model = ICF(cfg.model, cfg.loss, cfg.objective, pretrained=False).train()
-        optimizer = AdamW(parameter_groups(model, cfg.train), fused=self.device.type == "cuda")
+        optimizer = AdamW(parameter_groups(model, cfg.train), fused=self.device.type in ("cpu", "cuda"))
         schedule = LambdaLR(optimizer, lambda step: 1.0)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
         self.batch = random_batch(cfg).to(self.device)

@@ -99,7 +99,7 @@ def run(cfg: Config, resume: bool) -> dict:
         kept = load_weights(model, cfg.train.init_from, strict=False)
         accelerator.print(f"started from {cfg.train.init_from}" + (f"; new: {', '.join(kept)}" if kept else ""))
     epochs, total_steps = length(cfg.train, len(loader), accelerator.num_processes)
-    optimizer = AdamW(parameter_groups(model, cfg.train), fused=accelerator.device.type == "cuda")
+    optimizer = AdamW(parameter_groups(model, cfg.train), fused=accelerator.device.type in ("cpu", "cuda"))
     schedule = LambdaLR(optimizer, lambda step: lr_factor(cfg.train, step, total_steps))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if cfg.objective.enabled and cfg.objective.mit.enabled:
