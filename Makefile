@@ -7,7 +7,7 @@ test:       ## all tests that can run on this machine
 	pytest
 
 interpret:  ## the Triton kernels, run by Triton's interpreter on the CPU
-	TRITON_INTERPRET=1 pytest tests/kernels
+	TRITON_INTERPRET=1 pytest tests/kernels -k triton
 
 sanitize:   ## the C++ operators under AddressSanitizer and UBSan, in a build of their own below build/sanitize
 	ICF_SANITIZE=1 ICF_CUDA=0 pip install -q --no-deps --no-build-isolation --upgrade --target build/sanitize .
