@@ -113,5 +113,6 @@ def test_triton_compiles_without_gpu(room, arch):
 def test_cuda_compiles_without_gpu(source, tmp_path):
     archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in SHARED_MEMORY]
     macros = ["-DUSE_CUDA", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    flags = ["-std=c++20", "--expt-relaxed-constexpr", "--threads=0", *archs, *macros, *(f"-I{p}" for p in (CSRC, *include_paths()))]
+    flags = ["-std=c++20", "--expt-relaxed-constexpr", "--threads=0", *archs, *macros,
+             *(f"-I{p}" for p in (CSRC, *include_paths()))]
     subprocess.run(["nvcc", "-c", source, "-o", tmp_path / "out.o", *flags], check=True)
