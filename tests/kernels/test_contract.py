@@ -68,9 +68,10 @@ def test_strides_do_not_matter(room, op, device, backend):
 @every_differentiable_operator
 def test_gradients_by_finite_differences(room, op, device, backend):
     function, args = prepare(room, op, device, backend, torch.float64)
-    assert torch.autograd.gradcheck(function, require_grad(args)[0])
+    fast = backend == "triton" and device == "cpu"  # interpreted, a call takes seconds: one random direction instead
+    assert torch.autograd.gradcheck(function, require_grad(args)[0], fast_mode=fast)
     with suppress(NotImplementedError):  # the second derivative is right or refused
-        assert torch.autograd.gradgradcheck(function, require_grad(args)[0])
+        assert torch.autograd.gradgradcheck(function, require_grad(args)[0], fast_mode=fast)
 
 
 @every_target
