@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icf.encoders.text import TEMPLATES
+
 if TYPE_CHECKING:
     from icf.config import MITConfig
 
 MOMENTUM = 0.1      # of running means
-TEMPLATES = {"video": "a video of *", "segment": "a segment of *", "frame": "a frame of *", "audio": "an audio of *"}
 
 
 class Text(NamedTuple):

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from icf.encoders.weights import first_line, read_weights
 
-TEMPLATES = ("a video of *", "a segment of *", "a frame of *", "an audio of *")
+TEMPLATES = {"video": "a video of *", "segment": "a segment of *", "frame": "a frame of *", "audio": "an audio of *"}
 SLOT = "*"          # known to CLIP and RoBERTa: X-CLIP pools at the largest id, so no new token will do
 NEUTRAL = "thing"
 CONTEXT = 77        # tokens of an ordinary text: CLIP has no more positions, LAION trained CLAP with as many
@@ -53,7 +53,8 @@ class TextTower(nn.Module):
         out: width of the features.
     """
 
-    def __init__(self, net: nn.Module, tokenizer: HubTokenizer | HashTokenizer, templates: Sequence[str] = TEMPLATES):
+    def __init__(self, net: nn.Module, tokenizer: HubTokenizer | HashTokenizer,
+                 templates: Sequence[str] = tuple(TEMPLATES.values())):
         super().__init__()
         self.net = net
         self.tokenizer = tokenizer
@@ -124,7 +125,7 @@ class TextTower(nn.Module):
 
 
 def text_tower(kind: str, weights: str | nn.Module = "default", dtype: torch.dtype = torch.float32,
-               key: str = "model.mit.text", templates: Sequence[str] = TEMPLATES) -> TextTower:
+               key: str = "model.mit.text", templates: Sequence[str] = tuple(TEMPLATES.values())) -> TextTower:
     """Build a tower.
 
     Args:
