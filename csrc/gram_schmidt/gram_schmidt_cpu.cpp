@@ -15,7 +15,7 @@ constexpr int64_t kPanel = 4;      // rows that are projected together
 template <int R, int C, typename A>
 ICF_INLINE void dot_tile(const A* rows, const A* q, int64_t width, A* out, int64_t stride) {
   Vec<A> sum[R][C] = {};
-  for (int64_t j = 0; j < width; j += Simd<A>::lanes) {
+  for (int64_t j = 0; j < width; j += kWidth<A>) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -30,13 +30,13 @@ ICF_INLINE void dot_tile(const A* rows, const A* q, int64_t width, A* out, int64
 // rows[r] -= sum_c weights[r][c] q[c]
 template <int R, int C, typename A>
 ICF_INLINE void subtract_tile(A* rows, const A* q, int64_t width, const A* weights, int64_t stride) {
-  for (int64_t j = 0; j < width; j += Simd<A>::lanes) {
+  for (int64_t j = 0; j < width; j += kWidth<A>) {
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
       Vec<A> v = load(rows + r * width + j);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) v -= weights[r * stride + c] * load(q + c * width + j);
-      memcpy(rows + r * width + j, &v, sizeof v);
+      store(rows + r * width + j, v);
     }
   }
 }
@@ -133,7 +133,7 @@ ICF_SIMD void gradient_of_vectors(A* x, const A* q, const A* l, int64_t n, int64
 
 template <typename A>
 int64_t padded(int64_t d) {
-  return (d + Simd<A>::lanes - 1) / Simd<A>::lanes * Simd<A>::lanes;
+  return (d + kWidth<A> - 1) / kWidth<A> * kWidth<A>;
 }
 
 template <typename From, typename To>

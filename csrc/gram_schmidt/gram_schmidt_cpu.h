@@ -1,11 +1,10 @@
 // What the CPU kernels of this room share: loops over one row, part of the ICF_SIMD clones that call them.
 #pragma once
 #include "common/pages.h"
-#include "common/tensor.h"
+#include "common/simd.h"
 #include "gram_schmidt/gram_schmidt_math.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 namespace icf {
@@ -16,36 +15,13 @@ inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, 
   return result;
 }
 
+template <typename A>
+constexpr int64_t kWidth = sizeof(Vec<A>) / sizeof(A);
+
 template <typename T>
 ICF_INLINE void convert(const T* from, acc_t<T>* to, int64_t d) {
 #pragma omp simd
   for (int64_t j = 0; j < d; ++j) to[j] = acc_t<T>(from[j]);
-}
-
-template <typename T>
-ICF_INLINE T round_to(acc_t<T> x) {
-  return T(x);
-}
-
-template <>
-ICF_INLINE torch::headeronly::BFloat16 round_to(float x) {  // as the constructor does, but without a branch
-  const uint32_t bits = bits_of<uint32_t>(x), rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  return {uint16_t(x != x ? 0x7FC0u : rounded), torch::headeronly::BFloat16::from_bits()};
-}
-
-template <typename A>
-struct Simd {
-  typedef A Vec __attribute__((vector_size(32)));  // the clones for less or more than 256 bits split or keep it
-  static constexpr int64_t lanes = 32 / sizeof(A);
-};
-template <typename A>
-using Vec = typename Simd<A>::Vec;
-
-template <typename A>
-ICF_INLINE Vec<A> load(const A* x) {
-  Vec<A> v;
-  memcpy(&v, x, sizeof v);
-  return v;
 }
 
 template <typename A>
@@ -61,7 +37,7 @@ ICF_INLINE A sum_of(const Vec<A>& v) {  // in halves: one element after the othe
 // x . y and x . z, in four sums each: one would wait for itself.
 template <typename A>
 ICF_INLINE void dot_both(const A* x, const A* y, const A* z, int64_t d, A& xy, A& xz) {
-  constexpr int64_t lanes = Simd<A>::lanes;
+  constexpr int64_t lanes = kWidth<A>;
   Vec<A> with_y[4] = {}, with_z[4] = {};
   int64_t j = 0;
   for (; j + 4 * lanes <= d; j += 4 * lanes) {

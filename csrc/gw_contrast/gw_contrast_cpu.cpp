@@ -1,3 +1,4 @@
+#include "common/simd.h"
 #include "gw_contrast/gw_contrast_args.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -6,23 +7,11 @@
 #include <memory>
 #include <vector>
 
-// A SIMD vector holds one pair per lane, so its width is chosen per machine here instead of by ICF_SIMD.
-#if defined(__x86_64__) && defined(__gnu_linux__) && __GNUC__ >= 12
-#define ICF_LEVELS 1
-#define ICF_V4 __attribute__((target("arch=x86-64-v4")))
-#define ICF_V3 __attribute__((target("arch=x86-64-v3")))
-#endif
-
 namespace icf {
 namespace {
 
 using namespace gw;
 constexpr int64_t kTile = int64_t(1) << 22;  // entries of the cross-Gram matrix that are worked on at a time
-
-template <typename T, int BYTES>
-struct Vector {
-  typedef T type __attribute__((vector_size(BYTES)));
-};
 
 // ---- samples: mean, factor, trace and entropy, and back ------------------------------------------------------------
 
@@ -212,46 +201,24 @@ ICF_INLINE void one_vector(const Pairs<T>& pairs, int64_t first, int64_t end, V*
   }
 }
 
-template <typename T, int BYTES>
-ICF_INLINE void pairs_body(const Pairs<T>& pairs, int64_t begin, int64_t end) {
-  using V = typename Vector<T, BYTES>::type;
-  const int rows = std::max(pairs.m, pairs.n), cols = std::min(pairs.m, pairs.n);
-  if (cols == 0) return;
-  const std::unique_ptr<V[]> a(new V[rows * cols]), v(new V[cols * cols]), norm(new V[2 * cols + 1]);
-  for (int64_t first = begin; first < end; first += kLanes<V>) {
-    if (rows == 4 && cols == 4) {
-      one_vector<4, 4, V>(pairs, first, end, a.get(), v.get(), norm.get());
-    } else if (rows == 9 && cols == 9) {
-      one_vector<9, 9, V>(pairs, first, end, a.get(), v.get(), norm.get());
-    } else {
-      one_vector<0, 0, V>(pairs, first, end, a.get(), v.get(), norm.get());
+struct ForPairs {  // a vector holds one pair per lane
+  template <int BYTES, typename T>
+  static ICF_INLINE void run(const Pairs<T>& pairs, int64_t begin, int64_t end) {
+    using V = Vec<T, BYTES>;
+    const int rows = std::max(pairs.m, pairs.n), cols = std::min(pairs.m, pairs.n);
+    if (cols == 0) return;
+    const std::unique_ptr<V[]> a(new V[rows * cols]), v(new V[cols * cols]), norm(new V[2 * cols + 1]);
+    for (int64_t first = begin; first < end; first += kLanes<V>) {
+      if (rows == 4 && cols == 4) {
+        one_vector<4, 4, V>(pairs, first, end, a.get(), v.get(), norm.get());
+      } else if (rows == 9 && cols == 9) {
+        one_vector<9, 9, V>(pairs, first, end, a.get(), v.get(), norm.get());
+      } else {
+        one_vector<0, 0, V>(pairs, first, end, a.get(), v.get(), norm.get());
+      }
     }
   }
-}
-
-#ifdef ICF_LEVELS
-template <typename T>
-ICF_V4 void pairs_v4(const Pairs<T>& pairs, int64_t begin, int64_t end) {
-  pairs_body<T, 64>(pairs, begin, end);
-}
-template <typename T>
-ICF_V3 void pairs_v3(const Pairs<T>& pairs, int64_t begin, int64_t end) {
-  pairs_body<T, 32>(pairs, begin, end);
-}
-#endif
-template <typename T>
-void pairs_v1(const Pairs<T>& pairs, int64_t begin, int64_t end) {
-  pairs_body<T, 16>(pairs, begin, end);
-}
-
-template <typename T>
-void pairs_range(const Pairs<T>& pairs, int64_t begin, int64_t end) {
-#ifdef ICF_LEVELS
-  if (__builtin_cpu_supports("x86-64-v4")) return pairs_v4(pairs, begin, end);
-  if (__builtin_cpu_supports("x86-64-v3")) return pairs_v3(pairs, begin, end);
-#endif
-  pairs_v1(pairs, begin, end);
-}
+};
 
 template <typename T>
 ICF_SIMD void weights_range(const T* grad, const T* polar, T* weights, int64_t J, int64_t mn, int64_t begin, int64_t end) {
@@ -328,7 +295,7 @@ Forward forward(const Tensor& x, const Tensor& y, const OptionalTensor& x_mask, 
       const Pairs<T> pairs{data(cross), data(out.distance) + (g * Bx + i) * By, By, int(m), int(n), polar, kind,
                            T(regularization)};
       torch::stable::parallel_for(0, groups * rows * By, 64, [&](int64_t begin, int64_t end) {
-        pairs_range(pairs, begin, end);
+        at_level<ForPairs>(pairs, begin, end);
       });
     });
   });

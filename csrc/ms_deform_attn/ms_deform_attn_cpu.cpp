@@ -1,7 +1,9 @@
 // One thread owns one (image, head). It first copies the head's maps into a slice of its own, in the type computed in,
 // with a border of zeros: every sample then reads its four corners without a test, rows of one head lie together in
 // cache, 16-bit values are widened once, and any head size becomes a multiple of the vector width. The backward pass
-// adds into a second such slice, so it needs no atomics and gives the same bits for any number of threads.
+// keeps the gradient of each row beside it, so it needs no atomics and gives the same bits for any number of threads.
+#include "common/pages.h"
+#include "common/simd.h"
 #include "ms_deform_attn/ms_deform_attn_args.h"
 #include "ms_deform_attn/ms_deform_attn_math.h"
 
@@ -67,15 +69,17 @@ struct Geometry {
 // The points of a chunk of queries, one to a lane: kChunk * n of them.
 template <typename A>
 struct Lanes {
-  explicit Lanes(const Geometry& g) : size(kChunk * g.n), numbers(24 * size), integers(3 * size) {
+  Lanes(const Geometry& g, int64_t reference_size) : size(kChunk * g.n), numbers(26 * size), integers(3 * size) {
     A* next = numbers.get();
-    for (A** array : {&width, &height, &scale_x, &scale_y, &cell_x, &cell_y, &base_x, &base_y, &raw_x, &raw_y, &weight, &s,
-                      &t, &w[0], &w[1], &w[2], &w[3], &d[0], &d[1], &d[2], &d[3], &grad_x, &grad_y, &grad_weight})
+    for (A** array : {&width, &height, &scale_x, &scale_y, &cell_x, &cell_y, &base_x, &base_y, &raw_x, &raw_y, &weight,
+                      &s, &t, &grad_x, &grad_y, &grad_weight})
       *array = std::exchange(next, next + size);
+    corners = std::exchange(next, next + 4 * size), dots = std::exchange(next, next + 4 * size), staged = next;
     first = integers.get(), pitch = first + size, row = pitch + size;
     for (int64_t i = 0; i < size; ++i) {
       const Level& level = g.levels[i % g.n / g.P];
-      scale_x[i] = width[i] = A(level.width), scale_y[i] = height[i] = A(level.height);
+      width[i] = A(level.width), height[i] = A(level.height);
+      scale_x[i] = reference_size ? A(1) : width[i], scale_y[i] = reference_size ? A(1) : height[i];
       first[i] = int32_t(level.first), pitch[i] = int32_t(level.pitch);
     }
   }
@@ -87,11 +91,40 @@ struct Lanes {
   A *scale_x, *scale_y;                    // pixel = raw * scale + base + cell - 0.5
   A *cell_x, *cell_y, *base_x, *base_y;    // whole pixels, and less than one
   A *raw_x, *raw_y, *weight;               // coordinates as given; attention weight
-  A *s, *t, *w[4];                         // fractions; weights of the corners, attention weight included
-  A *d[4];                                 // dot products of the corners with the incoming gradient
+  A *s, *t;                                // fractions
   A *grad_x, *grad_y, *grad_weight;        // with respect to pixels and attention weight
+  A *corners, *dots;                       // [size, 4]: weights of the corners, attention weight included; their dot
+                                           // products with the incoming gradient
+  A *staged;                               // [size, 2]: on the way from and to tensors, in the type of these
   int32_t *first, *pitch, *row;            // row: of the corner with the smallest x and y
 };
+
+// What compilers would turn into a call of memcpy, which costs more than the few numbers of a query.
+template <typename T>
+ICF_INLINE void copy(const T* from, T* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) std::memcpy(to + i, from + i, 4 * sizeof(T));
+  for (; i < n; ++i) std::memcpy(to + i, from + i, sizeof(T));
+}
+
+// Asks for rows of n, `stride` apart, before they are needed: one head's part of a query is too short for the hardware
+// to foresee the next.
+template <typename T>
+ICF_INLINE void prefetch(const T* rows, int64_t stride, int64_t count, int64_t n) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t k = 0; k < count; ++k, rows += stride) {
+    for (int64_t i = 0; i < n; i += line) ICF_PREFETCH(rows + i);
+    ICF_PREFETCH(rows + n - 1);
+  }
+}
+
+template <typename A>
+ICF_INLINE void fill(A value, A* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int j = 0; j < 4; ++j) to[i + j] = value;
+  for (; i < n; ++i) to[i] = value;
+}
 
 // exp for arguments up to 0, within 1 ulp, in a form that compilers vectorise; 0 below -87.
 ICF_INLINE float exp_of_nonpositive(float x) {
@@ -109,15 +142,22 @@ ICF_INLINE float exp_of_nonpositive(float x) {
 }
 ICF_INLINE double exp_of_nonpositive(double x) { return std::exp(x); }
 
+// In place. The exponentials of all queries are taken in one loop, as n is no multiple of the vector width.
 template <typename A>
 ICF_SIMD void softmax(A* logits, int64_t queries, int64_t n) {
   for (int64_t q = 0; q < queries; ++q) {
     A* a = logits + q * n;
-    A largest = a[0], sum = 0;
+    A largest = a[0];
 #pragma omp simd reduction(max : largest)
     for (int64_t i = 0; i < n; ++i) largest = a[i] > largest ? a[i] : largest;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) a[i] = exp_of_nonpositive(a[i] - largest);
+    for (int64_t i = 0; i < n; ++i) a[i] -= largest;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < queries * n; ++i) logits[i] = exp_of_nonpositive(logits[i]);
+  for (int64_t q = 0; q < queries; ++q) {
+    A* a = logits + q * n;
+    A sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; ++i) sum += a[i];
     const A inverse = 1 / sum;
@@ -128,29 +168,41 @@ ICF_SIMD void softmax(A* logits, int64_t queries, int64_t n) {
 
 // Reads the points of queries [q, q + count) of one head into the lanes.
 template <typename A, typename L>
-ICF_SIMD void load(const Inputs<A, L>& in, const Geometry& g, int64_t b, int64_t q, int64_t m, int64_t count,
-                   const Lanes<A>& lane) {
-  for (int64_t k = 0; k < count; ++k) {
-    const L* coordinates = in.coordinates + b * in.coordinates_b + (q + k) * in.coordinates_q + m * g.n * 2;
-    const L* weights = in.weights + b * in.weights_b + (q + k) * in.weights_q + m * g.n;
-    const int64_t j = k * g.n;
+ICF_SIMD void read_points(const Inputs<A, L>& in, const Geometry& g, int64_t b, int64_t q, int64_t m, int64_t count,
+                          const Lanes<A>& lane) {
+  const int64_t total = count * g.n, next = std::clamp<int64_t>(g.Q - q - count, 0, kChunk);
+  L* staged = reinterpret_cast<L*>(lane.staged);
+  const L* coordinates = in.coordinates + b * in.coordinates_b + q * in.coordinates_q + m * g.n * 2;
+  prefetch(coordinates + count * in.coordinates_q, in.coordinates_q, next, 2 * g.n);
+  for (int64_t k = 0; k < count; ++k) copy(coordinates + k * in.coordinates_q, staged + 2 * k * g.n, 2 * g.n);
 #pragma omp simd
-    for (int64_t i = 0; i < g.n; ++i) {
-      lane.raw_x[j + i] = A(coordinates[2 * i]);
-      lane.raw_y[j + i] = A(coordinates[2 * i + 1]);
-      lane.weight[j + i] = A(weights[i]);
-    }
-    if (in.reference == nullptr) continue;
+  for (int64_t i = 0; i < total; ++i) {
+    lane.raw_x[i] = A(staged[2 * i]);
+    lane.raw_y[i] = A(staged[2 * i + 1]);
+  }
+  const L* weights = in.weights + b * in.weights_b + q * in.weights_q + m * g.n;
+  prefetch(weights + count * in.weights_q, in.weights_q, next, g.n);
+  for (int64_t k = 0; k < count; ++k) copy(weights + k * in.weights_q, staged + k * g.n, g.n);
+#pragma omp simd
+  for (int64_t i = 0; i < total; ++i) lane.weight[i] = A(staged[i]);
+}
+
+// The axes of the points of queries [q, q + count).
+template <typename A, typename L>
+ICF_SIMD void read_reference(const Inputs<A, L>& in, const Geometry& g, int64_t b, int64_t q, int64_t count,
+                             const Lanes<A>& lane) {
+  const bool box = in.reference_size == 4;
+  const A P = A(g.P);
+  for (int64_t k = 0, i = 0; k < count; ++k) {
     const A* reference = in.reference + b * in.reference_b + (q + k) * in.reference_q;
-    for (size_t l = 0; l < g.levels.size(); ++l, reference += in.reference_l) {
-      const A width = A(g.levels[l].width), height = A(g.levels[l].height), P = A(g.P);
-      const bool box = in.reference_size == 4;
+    for (const Level& level : g.levels) {
+      const A width = A(level.width), height = A(level.height);
       const Axis<A> x = axis_of_offset(width, reference[0], box ? box_scale(width, reference[2], P) : A(1));
       const Axis<A> y = axis_of_offset(height, reference[1], box ? box_scale(height, reference[3], P) : A(1));
-      for (int64_t i = j + l * g.P, end = i + g.P; i < end; ++i) {
-        lane.scale_x[i] = x.scale, lane.base_x[i] = x.base, lane.cell_x[i] = x.cell;
-        lane.scale_y[i] = y.scale, lane.base_y[i] = y.base, lane.cell_y[i] = y.cell;
-      }
+      fill(x.base, lane.base_x + i, g.P), fill(x.cell, lane.cell_x + i, g.P);
+      fill(y.base, lane.base_y + i, g.P), fill(y.cell, lane.cell_y + i, g.P);
+      if (box) fill(x.scale, lane.scale_x + i, g.P), fill(y.scale, lane.scale_y + i, g.P);
+      reference += in.reference_l, i += g.P;
     }
   }
 }
@@ -173,42 +225,48 @@ ICF_SIMD void locate(const Lanes<A>& lane, int64_t count, int32_t outside) {
     const int32_t row = lane.first[i] + (int32_t(top) + 1) * lane.pitch[i] + int32_t(left) + 1;
     lane.row[i] = touches ? row : outside;
     lane.s[i] = s, lane.t[i] = t;
-    corner_weights(s, t, a, lane.w[0][i], lane.w[1][i], lane.w[2][i], lane.w[3][i]);
+    A* w = lane.corners + 4 * i;
+    corner_weights(s, t, a, w[0], w[1], w[2], w[3]);
   }
 }
 
-// out[c] = sum over n points of the weighted corners; C channels from `value` on, of rows of `channels`.
-template <int C, typename A>
+// Sums over n points of the weighted corners: C channels from `value` on, of rows of `channels`, which are C where ALL
+// says so.
+template <int BYTES, int C, bool ALL, typename A>
 ICF_INLINE void gather(const A* value, const Lanes<A>& lane, int64_t channels, int64_t begin, int64_t n, A* out) {
-  A top[C] = {}, bottom[C] = {};  // two sums and two loops: what compilers keep in registers
+  constexpr int64_t lanes = BYTES / sizeof(A), V = C / lanes;
+  const int64_t stride = ALL ? C : channels;
+  Vec<A, BYTES> top[V] = {}, bottom[V] = {};
   for (int64_t i = begin; i < begin + n; ++i) {
-    const A* v0 = value + int64_t(lane.row[i]) * channels;
-    const A* v2 = v0 + int64_t(lane.pitch[i]) * channels;
-    const A w0 = lane.w[0][i], w1 = lane.w[1][i], w2 = lane.w[2][i], w3 = lane.w[3][i];
-#pragma omp simd
-    for (int c = 0; c < C; ++c) {
-      top[c] += w0 * v0[c];
-      top[c] += w1 * v0[c + channels];
-    }
-#pragma omp simd
-    for (int c = 0; c < C; ++c) {
-      bottom[c] += w2 * v2[c];
-      bottom[c] += w3 * v2[c + channels];
+    const A* v0 = value + int64_t(lane.row[i]) * stride;
+    const A* v2 = v0 + int64_t(lane.pitch[i]) * stride;
+    const A* w = lane.corners + 4 * i;
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < V; ++j) {
+      top[j] += w[0] * load<BYTES>(v0 + j * lanes);
+      bottom[j] += w[2] * load<BYTES>(v2 + j * lanes);
+      top[j] += w[1] * load<BYTES>(v0 + j * lanes + stride);
+      bottom[j] += w[3] * load<BYTES>(v2 + j * lanes + stride);
     }
   }
-#pragma omp simd
-  for (int c = 0; c < C; ++c) out[c] = top[c] + bottom[c];
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < V; ++j) store(out + j * lanes, top[j] + bottom[j]);
 }
 
-template <typename A>
-ICF_SIMD void gather(const A* value, const Lanes<A>& lane, const Geometry& g, int64_t count, A* out) {
-  for (int64_t k = 0; k < count; ++k, out += g.channels) {
-    int64_t c = 0;
-    for (; c + 32 <= g.channels; c += 32) gather<32>(value + c, lane, g.channels, k * g.n, g.n, out + c);
-    for (; c + 16 <= g.channels; c += 16) gather<16>(value + c, lane, g.channels, k * g.n, g.n, out + c);
-    for (; c < g.channels; c += kVector) gather<kVector>(value + c, lane, g.channels, k * g.n, g.n, out + c);
+struct Gather {
+  template <int BYTES, typename A>
+  static ICF_INLINE void run(const A* value, const Lanes<A>& lane, const Geometry& g, int64_t count, A* out) {
+    constexpr int kRest = std::min<int>(BYTES, kVector * sizeof(A));
+    for (int64_t k = 0; k < count; ++k, out += g.channels) {
+      int64_t c = g.channels == 32 ? 32 : 0;
+      if (c) gather<BYTES, 32, true>(value, lane, g.channels, k * g.n, g.n, out);
+      for (; c + 32 <= g.channels; c += 32)
+        gather<BYTES, 32, false>(value + c, lane, g.channels, k * g.n, g.n, out + c);
+      for (; c < g.channels; c += kVector)
+        gather<kRest, kVector, false>(value + c, lane, g.channels, k * g.n, g.n, out + c);
+    }
   }
-}
+};
 
 // The same from rows of value where they lie, `stride` apart; zeros is a row of them.
 template <typename T, typename A>
@@ -227,88 +285,93 @@ ICF_SIMD void gather_in_place(const T* value, int64_t stride, const T* zeros, co
       const T* v1 = rows[1] < 0 ? zeros : value + rows[1] * stride;
       const T* v2 = rows[2] < 0 ? zeros : value + rows[2] * stride;
       const T* v3 = rows[3] < 0 ? zeros : value + rows[3] * stride;
-      const A w0 = lane.w[0][i], w1 = lane.w[1][i], w2 = lane.w[2][i], w3 = lane.w[3][i];
+      const A* w = lane.corners + 4 * i;
 #pragma omp simd
       for (int64_t c = 0; c < g.D; ++c) {
-        const A top = w0 * A(v0[c]) + w1 * A(v1[c]), bottom = w2 * A(v2[c]) + w3 * A(v3[c]);
+        const A top = w[0] * A(v0[c]) + w[1] * A(v1[c]), bottom = w[2] * A(v2[c]) + w[3] * A(v3[c]);
         out[c] += top + bottom;
       }
     }
   }
 }
 
-// d[k][i] += the sum of p[k], for the four corners k.
-template <typename A>
-ICF_INLINE void add_sums(const A (&p)[4][kVector], A* const d[4], int64_t i) {
-  for (int k = 0; k < 4; ++k)
-    for (int c = 0; c < kVector; ++c) d[k][i] += p[k][c];
-}
-
-#if defined(__GNUC__) && !defined(__clang__)
-ICF_INLINE void add_sums(const float (&p)[4][kVector], float* const d[4], int64_t i) {
-  typedef float V __attribute__((vector_size(16)));  // every target has these
-  typedef int32_t I __attribute__((vector_size(16)));
-  V half[4];
-  for (int k = 0; k < 4; ++k) {
-    V low, high;
-    std::memcpy(&low, p[k], 16), std::memcpy(&high, p[k] + 4, 16);
-    half[k] = low + high;
-  }
-  const I evens{0, 4, 1, 5}, odds{2, 6, 3, 7}, lows{0, 1, 4, 5}, highs{2, 3, 6, 7};
-  const V a = __builtin_shuffle(half[0], half[1], evens) + __builtin_shuffle(half[0], half[1], odds);
-  const V b = __builtin_shuffle(half[2], half[3], evens) + __builtin_shuffle(half[2], half[3], odds);
-  const V sums = __builtin_shuffle(a, b, lows) + __builtin_shuffle(a, b, highs);
-  for (int k = 0; k < 4; ++k) d[k][i] += sums[k];
-}
+// The sums of the numbers in each of four vectors.
+template <typename A, int BYTES>
+ICF_INLINE Vec<A, 4 * sizeof(A)> sums_of(const Vec<A, BYTES> (&p)[4]) {
+  if constexpr (BYTES > 16) {
+    Vec<A, BYTES / 2> half[4];
+    for (int k = 0; k < 4; ++k) {
+      Vec<A, BYTES / 2> both[2];
+      std::memcpy(both, &p[k], sizeof both);
+      half[k] = both[0] + both[1];
+    }
+    return sums_of<A, BYTES / 2>(half);
+  } else if constexpr (sizeof(A) == 8) {
+    return Vec<A, 32>{p[0][0] + p[0][1], p[1][0] + p[1][1], p[2][0] + p[2][1], p[3][0] + p[3][1]};
+  } else {
+#if defined(__clang__)
+#define ICF_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ICF_PICK(a, b, ...) __builtin_shuffle(a, b, Vec<int32_t, 16>{__VA_ARGS__})
 #endif
+    const Vec<A, 16> a = ICF_PICK(p[0], p[1], 0, 4, 1, 5) + ICF_PICK(p[0], p[1], 2, 6, 3, 7);
+    const Vec<A, 16> b = ICF_PICK(p[2], p[3], 0, 4, 1, 5) + ICF_PICK(p[2], p[3], 2, 6, 3, 7);
+    return ICF_PICK(a, b, 0, 1, 4, 5) + ICF_PICK(a, b, 2, 3, 6, 7);
+#undef ICF_PICK
+  }
+}
 
-// Adds the corners' shares of `grad` to grad_value, and the dot products of `grad` with the corners to d.
-template <int C, typename A>
-ICF_INLINE void scatter(const A* value, A* grad_value, const A* grad, const Lanes<A>& lane, int64_t channels,
-                        int64_t begin, int64_t n, A* const d[4]) {
+// Adds the corners' shares of `grad` to the gradients beside the values, and the dot products of `grad` with the values
+// to lane.dots. Rows hold `channels` values, then as many gradients.
+template <int BYTES, int C, bool ALL, typename A>
+ICF_INLINE void scatter(A* slice, const A* grad, const Lanes<A>& lane, int64_t channels, int64_t begin, int64_t n) {
+  constexpr int64_t lanes = BYTES / sizeof(A), V = C / lanes;
+  const int64_t beside = ALL ? C : channels, stride = 2 * beside;
+  Vec<A, BYTES> g[V];
+  for (int64_t j = 0; j < V; ++j) g[j] = load<BYTES>(grad + j * lanes);
   for (int64_t i = begin; i < begin + n; ++i) {
-    const int64_t row = int64_t(lane.row[i]) * channels, below = int64_t(lane.pitch[i]) * channels;
-    const A *v0 = value + row, *v2 = v0 + below;
-    A *o0 = grad_value + row, *o2 = o0 + below;
-    const A w0 = lane.w[0][i], w1 = lane.w[1][i], w2 = lane.w[2][i], w3 = lane.w[3][i];
-    A p[4][kVector] = {};
-    for (int j = 0; j < C; j += kVector)
-#pragma omp simd
-      for (int c = 0; c < kVector; ++c) {
-        const A g = grad[j + c];
-        p[0][c] += g * v0[j + c];
-        p[1][c] += g * v0[j + c + channels];
-        p[2][c] += g * v2[j + c];
-        p[3][c] += g * v2[j + c + channels];
-        o0[j + c] += w0 * g;
-        o0[j + c + channels] += w1 * g;
-        o2[j + c] += w2 * g;
-        o2[j + c + channels] += w3 * g;
+    A *top = slice + int64_t(lane.row[i]) * stride, *bottom = top + int64_t(lane.pitch[i]) * stride;
+    A *corners[4] = {top, top + stride, bottom, bottom + stride}, *dots = lane.dots + 4 * i;
+    Vec<A, BYTES> p[4] = {};
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const A w = lane.corners[4 * i + k];
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < V; ++j) {
+        A* corner = corners[k] + j * lanes;
+        p[k] += g[j] * load<BYTES>(corner);
+        store(corner + beside, load<BYTES>(corner + beside) + w * g[j]);
       }
-    add_sums(p, d, i);
+    }
+    store(dots, load<4 * sizeof(A)>(dots) + sums_of<A, BYTES>(p));
   }
 }
 
-template <typename A>
-ICF_SIMD void scatter(const A* value, A* grad_value, const A* grad, const Lanes<A>& lane, const Geometry& g,
-                      int64_t count) {
-  for (A* d : lane.d) std::fill(d, d + count * g.n, A(0));
-  for (int64_t k = 0; k < count; ++k, grad += g.channels) {
-    int64_t c = 0;
-    for (; c + 32 <= g.channels; c += 32)
-      scatter<32>(value + c, grad_value + c, grad + c, lane, g.channels, k * g.n, g.n, lane.d);
-    for (; c < g.channels; c += kVector)
-      scatter<kVector>(value + c, grad_value + c, grad + c, lane, g.channels, k * g.n, g.n, lane.d);
+struct Scatter {
+  template <int BYTES, typename A>
+  static ICF_INLINE void run(A* slice, const A* grad, const Lanes<A>& lane, const Geometry& g, int64_t count) {
+    std::fill(lane.dots, lane.dots + 4 * count * g.n, A(0));
+    constexpr int kRest = std::min<int>(BYTES, kVector * sizeof(A));
+    for (int64_t k = 0; k < count; ++k, grad += g.channels) {
+      int64_t c = g.channels == 32 ? 32 : 0;
+      if (c) scatter<BYTES, 32, true>(slice, grad, lane, g.channels, k * g.n, g.n);
+      for (; c + 32 <= g.channels; c += 32)
+        scatter<BYTES, 32, false>(slice + c, grad + c, lane, g.channels, k * g.n, g.n);
+      for (; c < g.channels; c += kVector)
+        scatter<kRest, kVector, false>(slice + c, grad + c, lane, g.channels, k * g.n, g.n);
+    }
   }
-}
+};
 
 // From the dot products to the gradients of the coordinates as given and of the weights.
 template <typename A>
 ICF_SIMD void differentiate(const Lanes<A>& lane, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i)
-    sample_gradient(lane.d[0][i], lane.d[1][i], lane.d[2][i], lane.d[3][i], lane.s[i], lane.t[i], lane.weight[i],
-                    lane.grad_x[i], lane.grad_y[i], lane.grad_weight[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    const A* d = lane.dots + 4 * i;
+    sample_gradient(d[0], d[1], d[2], d[3], lane.s[i], lane.t[i], lane.weight[i], lane.grad_x[i], lane.grad_y[i],
+                    lane.grad_weight[i]);
+  }
 }
 
 // Replaces the gradients of the weights by those of the logits.
@@ -323,52 +386,58 @@ ICF_SIMD void softmax_backward(const A* weights, A* grads, int64_t queries, int6
   }
 }
 
-// The head's maps of an image into a slice whose borders are zero already.
+// The head's maps of an image into a slice whose borders are zero already, of rows of `width`.
 template <typename T, typename A>
-ICF_SIMD void pack(const T* value, int64_t stride, const Geometry& g, A* slice) {
+ICF_SIMD void pack(const T* value, int64_t stride, const Geometry& g, A* slice, int64_t width) {
   for (const Level& level : g.levels)
     for (int64_t y = 0; y < level.height; ++y) {
       const T* from = value + (level.start + y * level.width) * stride;
-      A* to = slice + (level.first + (y + 1) * level.pitch + 1) * g.channels;
-      for (int64_t x = 0; x < level.width; ++x, from += stride, to += g.channels)
+      A* to = slice + (level.first + (y + 1) * level.pitch + 1) * width;
+      if (y + 1 < level.height) prefetch(from + level.width * stride, stride, level.width, g.D);
+      for (int64_t x = 0; x < level.width; ++x, from += stride, to += width)
 #pragma omp simd
         for (int64_t c = 0; c < g.D; ++c) to[c] = A(from[c]);
     }
 }
 
-// The way back for gradients, [S, D] of rows `stride` apart.
+// The way back for gradients, [S, D] of rows `stride` apart, from behind the values; there they become zeros again.
 template <typename T, typename A>
-ICF_SIMD void unpack(const A* slice, const Geometry& g, int64_t stride, T* value) {
+ICF_SIMD void unpack(A* slice, const Geometry& g, int64_t stride, T* value) {
   for (const Level& level : g.levels)
     for (int64_t y = 0; y < level.height; ++y) {
-      const A* from = slice + (level.first + (y + 1) * level.pitch + 1) * g.channels;
+      A* from = slice + (level.first + (y + 1) * level.pitch + 1) * 2 * g.channels + g.channels;
       T* to = value + (level.start + y * level.width) * stride;
-      for (int64_t x = 0; x < level.width; ++x, from += g.channels, to += stride)
+      for (int64_t x = 0; x < level.width; ++x, from += 2 * g.channels, to += stride) {
 #pragma omp simd
-        for (int64_t c = 0; c < g.D; ++c) to[c] = T(from[c]);
+        for (int64_t c = 0; c < g.D; ++c) to[c] = round_to<T>(from[c]);
+        std::fill(from, from + g.channels, A(0));
+      }
     }
 }
 
-// Rows of D, `stride` apart, to or from rows of `channels`.
+// Rows of D, `stride` apart, to or from rows of `channels`; one of the types is what is computed in.
 template <typename From, typename To>
 ICF_SIMD void copy_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows, int64_t D) {
   for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride)
 #pragma omp simd
-    for (int64_t c = 0; c < D; ++c) to[c] = To(from[c]);
+    for (int64_t c = 0; c < D; ++c) to[c] = round_to<To>(acc_t<To>(from[c]));
 }
 
 // The lanes' gradients of one head into the tensors. [B, Q, M, n, 2] and [B, Q, M, n].
 template <typename A, typename L>
-ICF_SIMD void store(const Lanes<A>& lane, const Geometry& g, int64_t count, L* grad_coordinates, L* grad_weights) {
-  for (int64_t k = 0; k < count; ++k, grad_coordinates += g.M * g.n * 2, grad_weights += g.M * g.n) {
-    const int64_t j = k * g.n;
+ICF_SIMD void write_gradients(const Lanes<A>& lane, const Geometry& g, int64_t count, L* grad_coordinates,
+                              L* grad_weights) {
+  const int64_t total = count * g.n;
+  L* staged = reinterpret_cast<L*>(lane.staged);
 #pragma omp simd
-    for (int64_t i = 0; i < g.n; ++i) {
-      grad_coordinates[2 * i] = L(lane.grad_x[j + i] * lane.scale_x[j + i]);
-      grad_coordinates[2 * i + 1] = L(lane.grad_y[j + i] * lane.scale_y[j + i]);
-      grad_weights[i] = L(lane.grad_weight[j + i]);
-    }
+  for (int64_t i = 0; i < total; ++i) {
+    staged[2 * i] = round_to<L>(lane.grad_x[i] * lane.scale_x[i]);
+    staged[2 * i + 1] = round_to<L>(lane.grad_y[i] * lane.scale_y[i]);
   }
+  for (int64_t k = 0; k < count; ++k) copy(staged + 2 * k * g.n, grad_coordinates + k * g.M * g.n * 2, 2 * g.n);
+#pragma omp simd
+  for (int64_t i = 0; i < total; ++i) staged[i] = round_to<L>(lane.grad_weight[i]);
+  for (int64_t k = 0; k < count; ++k) copy(staged + k * g.n, grad_weights + k * g.M * g.n, g.n);
 }
 
 // One head's share of the gradient of the reference points of `count` queries, [.., levels, 2 or 4].
@@ -389,8 +458,11 @@ void reduce_reference(const Lanes<A>& lane, const Geometry& g, int64_t count, in
 template <typename A, typename L>
 void locate(const Inputs<A, L>& in, const Geometry& g, int64_t b, int64_t q, int64_t m, int64_t count,
             const Lanes<A>& lane) {
-  load(in, g, b, q, m, count, lane);
-  if (in.reference != nullptr) softmax(lane.weight, count, g.n);
+  read_points(in, g, b, q, m, count, lane);
+  if (in.reference != nullptr) {
+    read_reference(in, g, b, q, count, lane);
+    softmax(lane.weight, count, g.n);
+  }
   locate(lane, count * g.n, int32_t(g.outside));
 }
 
@@ -403,20 +475,20 @@ void forward_all(const Tensor& value, const Geometry& g, const Inputs<A, L>& in,
   const bool in_place = 2 * g.Q * g.n < g.S;  // few samples: their four rows are fewer than twice the rows to copy
   const T* data = value.const_data_ptr<T>();
   torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
-    const Lanes<A> lane(g);
+    const Lanes<A> lane(g, in.reference_size);
     const Buffer<A> slice(in_place ? 0 : g.rows * g.channels), sums(kChunk * g.channels);
     const Buffer<T> zeros(in_place ? g.D : 0);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / parts / g.M, m = unit / parts % g.M, first = unit % parts * step;
       const T* own = data + b * value.stride(0) + m * value.stride(2);
-      if (!in_place && (unit == begin || unit % parts == 0)) pack(own, value.stride(1), g, slice.get());
+      if (!in_place && (unit == begin || unit % parts == 0)) pack(own, value.stride(1), g, slice.get(), g.channels);
       for (int64_t q = first; q < std::min(first + step, g.Q); q += kChunk) {
         const int64_t count = std::min({kChunk, first + step - q, g.Q - q});
         locate(in, g, b, q, m, count, lane);
         if (in_place) {
           gather_in_place(own, value.stride(1), zeros.get(), lane, g, count, sums.get());
         } else {
-          gather(slice.get(), lane, g, count, sums.get());
+          at_level<Gather>(slice.get(), lane, g, count, sums.get());
         }
         copy_rows(sums.get(), g.channels, out + ((b * g.Q + q) * g.M + m) * g.D, g.M * g.D, count, g.D);
       }
@@ -432,25 +504,27 @@ void backward_all(const T* grad, const Tensor& value, const Geometry& g, const I
   const Buffer<A> shares(g.B * g.M * g.Q * reference_row);  // of the heads, [B, M, Q, levels, 2 or 4]
   const T* data = value.const_data_ptr<T>();
   torch::stable::parallel_for(0, g.B * g.M, 1, [&](int64_t begin, int64_t end) {
-    const Lanes<A> lane(g);
-    const Buffer<A> slice(g.rows * g.channels), grad_slice(g.rows * g.channels), grads(kChunk * g.channels);
+    const Lanes<A> lane(g, in.reference_size);
+    const Buffer<A> slice(g.rows * 2 * g.channels), grads(kChunk * g.channels);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / g.M, m = unit % g.M;
-      pack(data + b * value.stride(0) + m * value.stride(2), value.stride(1), g, slice.get());
-      std::fill(grad_slice.get(), grad_slice.get() + g.rows * g.channels, A(0));
+      pack(data + b * value.stride(0) + m * value.stride(2), value.stride(1), g, slice.get(), 2 * g.channels);
       for (int64_t q = 0; q < g.Q; q += kChunk) {
         const int64_t count = std::min(kChunk, g.Q - q), query = (b * g.Q + q) * g.M + m;
         locate(in, g, b, q, m, count, lane);
+        prefetch(grad + (query + count * g.M) * g.D, row, std::clamp<int64_t>(g.Q - q - count, 0, kChunk), g.D);
         copy_rows(grad + query * g.D, row, grads.get(), g.channels, count, g.D);
-        scatter(slice.get(), grad_slice.get(), grads.get(), lane, g, count);
+        prefetch(grad_coordinates + query * g.n * 2, g.M * g.n * 2, count, g.n * 2);
+        prefetch(grad_weights + query * g.n, g.M * g.n, count, g.n);
+        at_level<Scatter>(slice.get(), grads.get(), lane, g, count);
         differentiate(lane, count * g.n);
         if (in.reference != nullptr) {
           softmax_backward(lane.weight, lane.grad_weight, count, g.n);
           reduce_reference(lane, g, count, in.reference_size, shares.get() + (unit * g.Q + q) * reference_row);
         }
-        store(lane, g, count, grad_coordinates + query * g.n * 2, grad_weights + query * g.n);
+        write_gradients(lane, g, count, grad_coordinates + query * g.n * 2, grad_weights + query * g.n);
       }
-      unpack(grad_slice.get(), g, row, grad_value + b * g.S * row + m * g.D);
+      unpack(slice.get(), g, row, grad_value + b * g.S * row + m * g.D);
     }
   });
   torch::stable::parallel_for(0, g.B * g.Q, 256, [&](int64_t begin, int64_t end) {
@@ -472,6 +546,7 @@ Tensor run_forward(const Tensor& value, const std::vector<int64_t>& sizes, const
     const auto in = read<acc_t<T>, decltype(l)>(value, reference, coordinates, weights);
     const Geometry g(value, sizes, weights);
     out = torch::stable::new_empty(value, {g.B, g.Q, g.M * g.D});
+    prefer_huge_pages(out);
     if (out.numel() > 0) forward_all(value, g, in, out.mutable_data_ptr<T>());
   });
   return out;
@@ -492,6 +567,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, cons
     grad_value = torch::stable::new_empty(value, value.sizes());
     grad_coordinates = torch::stable::new_empty(coordinates, coordinates.sizes());
     grad_weights = torch::stable::new_empty(weights, weights.sizes());
+    for (const Tensor& t : {grad_value, grad_coordinates, grad_weights}) prefer_huge_pages(t);
     A* reference_data = nullptr;
     if (reference != nullptr) {
       grad_reference = torch::stable::new_empty(*reference, reference->sizes());
