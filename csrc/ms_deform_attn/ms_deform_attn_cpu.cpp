@@ -1,7 +1,7 @@
 // One thread owns one (image, head). It first copies the head's maps into a slice of its own, in the type computed in,
 // with a border of zeros: every sample then reads its four corners without a test, rows of one head lie together in
 // cache, 16-bit values are widened once, and any head size becomes a multiple of the vector width. The backward pass
-// keeps the gradient of each row beside it, so it needs no atomics and gives the same bits for any number of threads.
+// keeps the gradient of each row beside it, so it needs no atomics and gives the same bits at each run.
 #include "common/pages.h"
 #include "common/simd.h"
 #include "ms_deform_attn/ms_deform_attn_args.h"
@@ -415,6 +415,14 @@ ICF_SIMD void unpack(A* slice, const Geometry& g, int64_t stride, T* value) {
     }
 }
 
+// Adds to `row` those that follow it, `size` apart.
+template <typename A>
+ICF_SIMD void add_parts(A* row, int64_t size, int64_t parts, int64_t width) {
+  for (int64_t p = 1; p < parts; ++p)
+#pragma omp simd
+    for (int64_t c = 0; c < width; ++c) row[c] += row[p * size + c];
+}
+
 // Rows of D, `stride` apart, to or from rows of `channels`; one of the types is what is computed in.
 template <typename From, typename To>
 ICF_SIMD void copy_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows, int64_t D) {
@@ -498,35 +506,53 @@ void forward_all(const Tensor& value, const Geometry& g, const Inputs<A, L>& in,
 
 template <typename T, typename A, typename L>
 void backward_all(const T* grad, const Tensor& value, const Geometry& g, const Inputs<A, L>& in, T* grad_value,
-                  L* grad_coordinates, L* grad_weights, A* grad_reference) {
+                  L* grad_coordinates, L* grad_weights, A* grad_reference, bool deterministic) {
   const int64_t row = g.M * g.D, levels = int64_t(g.levels.size());
   const int64_t reference_row = levels * in.reference_size;
   const Buffer<A> shares(g.B * g.M * g.Q * reference_row);  // of the heads, [B, M, Q, levels, 2 or 4]
   const T* data = value.const_data_ptr<T>();
-  torch::stable::parallel_for(0, g.B * g.M, 1, [&](int64_t begin, int64_t end) {
+  // With fewer heads than threads, several threads work on the queries of one head, each with its own slice; these are
+  // added up in order, so the bits depend on the number of threads, unless determinism is asked for.
+  const int64_t heads = g.B * g.M, most = deterministic ? 1 : std::max<int64_t>(g.Q / 256, 1);
+  const int64_t parts = std::clamp<int64_t>(torch::stable::get_num_threads() / std::max<int64_t>(heads, 1), 1, most);
+  const int64_t step = (g.Q + parts - 1) / parts, size = g.rows * 2 * g.channels;
+  const Buffer<A> shared(parts > 1 ? heads * parts * size : 0);
+  torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
     const Lanes<A> lane(g, in.reference_size);
-    const Buffer<A> slice(g.rows * 2 * g.channels), grads(kChunk * g.channels);
+    const Buffer<A> own(parts > 1 ? 0 : size), grads(kChunk * g.channels);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t b = unit / g.M, m = unit % g.M;
-      pack(data + b * value.stride(0) + m * value.stride(2), value.stride(1), g, slice.get(), 2 * g.channels);
-      for (int64_t q = 0; q < g.Q; q += kChunk) {
-        const int64_t count = std::min(kChunk, g.Q - q), query = (b * g.Q + q) * g.M + m;
+      const int64_t head = unit / parts, b = head / g.M, m = head % g.M, first = unit % parts * step;
+      const int64_t last = std::min(first + step, g.Q);
+      A* slice = parts > 1 ? shared.get() + unit * size : own.get();
+      pack(data + b * value.stride(0) + m * value.stride(2), value.stride(1), g, slice, 2 * g.channels);
+      for (int64_t q = first; q < last; q += kChunk) {
+        const int64_t count = std::min(kChunk, last - q), query = (b * g.Q + q) * g.M + m;
         locate(in, g, b, q, m, count, lane);
-        prefetch(grad + (query + count * g.M) * g.D, row, std::clamp<int64_t>(g.Q - q - count, 0, kChunk), g.D);
+        prefetch(grad + (query + count * g.M) * g.D, row, std::clamp<int64_t>(last - q - count, 0, kChunk), g.D);
         copy_rows(grad + query * g.D, row, grads.get(), g.channels, count, g.D);
         prefetch(grad_coordinates + query * g.n * 2, g.M * g.n * 2, count, g.n * 2);
         prefetch(grad_weights + query * g.n, g.M * g.n, count, g.n);
-        at_level<Scatter>(slice.get(), grads.get(), lane, g, count);
+        at_level<Scatter>(slice, grads.get(), lane, g, count);
         differentiate(lane, count * g.n);
         if (in.reference != nullptr) {
           softmax_backward(lane.weight, lane.grad_weight, count, g.n);
-          reduce_reference(lane, g, count, in.reference_size, shares.get() + (unit * g.Q + q) * reference_row);
+          reduce_reference(lane, g, count, in.reference_size, shares.get() + (head * g.Q + q) * reference_row);
         }
         write_gradients(lane, g, count, grad_coordinates + query * g.n * 2, grad_weights + query * g.n);
       }
-      unpack(slice.get(), g, row, grad_value + b * g.S * row + m * g.D);
+      if (parts == 1) unpack(slice, g, row, grad_value + b * g.S * row + m * g.D);
     }
   });
+  if (parts > 1) {
+    torch::stable::parallel_for(0, heads * g.rows, 1024, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        add_parts(shared.get() + i / g.rows * parts * size + i % g.rows * 2 * g.channels, size, parts, 2 * g.channels);
+    });
+    torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        unpack(shared.get() + i * parts * size, g, row, grad_value + i / g.M * g.S * row + i % g.M * g.D);
+    });
+  }
   torch::stable::parallel_for(0, g.B * g.Q, 256, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * reference_row; i < end * reference_row; ++i) {
       const int64_t b = i / (g.Q * reference_row), within = i % (g.Q * reference_row);
@@ -554,7 +580,8 @@ Tensor run_forward(const Tensor& value, const std::vector<int64_t>& sizes, const
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, const Tensor& value,
                                                         const std::vector<int64_t>& sizes, const Tensor* reference,
-                                                        const Tensor& coordinates, const Tensor& weights) {
+                                                        const Tensor& coordinates, const Tensor& weights,
+                                                        bool deterministic) {
   check_value(value);
   Tensor grad_value, grad_reference, grad_coordinates, grad_weights;
   dispatch(value, coordinates, [&](auto t, auto l) {
@@ -574,7 +601,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, cons
       reference_data = grad_reference.mutable_data_ptr<A>();
     }
     backward_all(grad.const_data_ptr<T>(), value, g, in, grad_value.mutable_data_ptr<T>(),
-                 grad_coordinates.mutable_data_ptr<L>(), grad_weights.mutable_data_ptr<L>(), reference_data);
+                 grad_coordinates.mutable_data_ptr<L>(), grad_weights.mutable_data_ptr<L>(), reference_data, deterministic);
   });
   return {grad_value, grad_reference, grad_coordinates, grad_weights};
 }
@@ -584,9 +611,9 @@ Tensor forward(const Tensor& value, std::vector<int64_t> sizes, const Tensor& lo
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& value, std::vector<int64_t> sizes,
-                                            const Tensor& locations, const Tensor& weights, bool) {
+                                            const Tensor& locations, const Tensor& weights, bool deterministic) {
   auto [grad_value, none, grad_locations, grad_weights] =
-      run_backward(grad, value, sizes, nullptr, locations, weights);
+      run_backward(grad, value, sizes, nullptr, locations, weights, deterministic);
   return {grad_value, grad_locations, grad_weights};
 }
 
@@ -597,8 +624,9 @@ Tensor forward_fused(const Tensor& value, std::vector<int64_t> sizes, const Tens
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_fused(const Tensor& grad, const Tensor& value,
                                                           std::vector<int64_t> sizes, const Tensor& reference,
-                                                          const Tensor& offsets, const Tensor& logits, bool) {
-  return run_backward(grad, value, sizes, &reference, offsets, logits);
+                                                          const Tensor& offsets, const Tensor& logits,
+                                                          bool deterministic) {
+  return run_backward(grad, value, sizes, &reference, offsets, logits, deterministic);
 }
 
 }  // namespace

@@ -297,6 +297,23 @@ def test_same_bits_for_any_number_of_threads():
         torch.testing.assert_close(results[0], other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_more_threads_than_heads_share_the_queries_of_a_head(fused):
+    name = "ms_deform_attn_fused" if fused else "ms_deform_attn"
+    args = make_inputs((1, 1100, 2, 12, 2, 6, 5, 3, 4, "apart"), torch.float64, "cpu", fused)
+    exact = forward_backward(operator_function("ms_deform_attn", name, "reference"), args, torch.float64)
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(False)
+    try:
+        for number in (4, 7):
+            torch.set_num_threads(number)
+            cpp = operator_function("ms_deform_attn", name, "api", backend="cpp")
+            shared = forward_backward(cpp, args, torch.float64)
+            torch.testing.assert_close(shared, exact, rtol=1e-9, atol=1e-12)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_same_bits_in_deterministic_mode(backend):
     args = inputs(device=DEVICES[backend], points="uniform", fused=True)
     runs = [forward_backward(lambda *a: ms_deform_attn_fused(*a, backend=backend), args, torch.float32)
