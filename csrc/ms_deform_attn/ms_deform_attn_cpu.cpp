@@ -69,13 +69,14 @@ struct Geometry {
 // The points of a chunk of queries, one to a lane: kChunk * n of them.
 template <typename A>
 struct Lanes {
-  Lanes(const Geometry& g, int64_t reference_size) : size(kChunk * g.n), numbers(26 * size), integers(3 * size) {
+  Lanes(const Geometry& g, int64_t reference_size) : size(kChunk * g.n), numbers(26 * size), integers(9 * size) {
     A* next = numbers.get();
     for (A** array : {&width, &height, &scale_x, &scale_y, &cell_x, &cell_y, &base_x, &base_y, &raw_x, &raw_y, &weight,
                       &s, &t, &grad_x, &grad_y, &grad_weight})
       *array = std::exchange(next, next + size);
     corners = std::exchange(next, next + 4 * size), dots = std::exchange(next, next + 4 * size), staged = next;
-    first = integers.get(), pitch = first + size, row = pitch + size;
+    first = integers.get(), pitch = first + size, row = pitch + size, left = row + size, top = left + size;
+    in_place = top + size;
     for (int64_t i = 0; i < size; ++i) {
       const Level& level = g.levels[i % g.n / g.P];
       width[i] = A(level.width), height[i] = A(level.height);
@@ -96,7 +97,8 @@ struct Lanes {
   A *corners, *dots;                       // [size, 4]: weights of the corners, attention weight included; their dot
                                            // products with the incoming gradient
   A *staged;                               // [size, 2]: on the way from and to tensors, in the type of these
-  int32_t *first, *pitch, *row;            // row: of the corner with the smallest x and y
+  int32_t *first, *pitch, *row;            // row: of the corner with the smallest x and y, which is at (left, top)
+  int32_t *left, *top, *in_place;          // in_place: [size, 4], rows of value for all corners, -1 outside
 };
 
 // What compilers would turn into a call of memcpy, which costs more than the few numbers of a query.
@@ -223,7 +225,7 @@ ICF_SIMD void locate(const Lanes<A>& lane, int64_t count, int32_t outside) {
     s = touches ? s : A(0), t = touches ? t : A(0);
     const A a = lane.weight[i];
     const int32_t row = lane.first[i] + (int32_t(top) + 1) * lane.pitch[i] + int32_t(left) + 1;
-    lane.row[i] = touches ? row : outside;
+    lane.row[i] = touches ? row : outside, lane.left[i] = int32_t(left), lane.top[i] = int32_t(top);
     lane.s[i] = s, lane.t[i] = t;
     A* w = lane.corners + 4 * i;
     corner_weights(s, t, a, w[0], w[1], w[2], w[3]);
@@ -268,27 +270,40 @@ struct Gather {
   }
 };
 
-// The same from rows of value where they lie, `stride` apart; zeros is a row of them.
+// Few points of large maps are sampled where value lies, its rows `stride` apart. Finds the rows of n points and asks for
+// them, long before they are needed.
+template <typename T, typename A>
+ICF_SIMD void find_in_place(const T* value, int64_t stride, const Lanes<A>& lane, const Geometry& g, int64_t begin,
+                            int64_t n) {
+  for (int64_t i = begin; i < begin + n; ++i) {
+    const Level& level = g.levels[i % g.n / g.P];
+    int32_t* rows = lane.in_place + 4 * i;
+    corner_rows(true, lane.left[i], lane.top[i], int32_t(level.width), int32_t(level.height), int32_t(level.start), rows);
+    for (int k = 0; k < 4; ++k) {
+      rows[k] = lane.row[i] < g.outside ? rows[k] : -1;
+      if (rows[k] >= 0) prefetch(value + rows[k] * stride, stride, 1, g.D);
+    }
+  }
+}
+
+// zeros: a row of them.
 template <typename T, typename A>
 ICF_SIMD void gather_in_place(const T* value, int64_t stride, const T* zeros, const Lanes<A>& lane, const Geometry& g,
                               int64_t count, A* out) {
+  find_in_place(value, stride, lane, g, 0, g.n);
   for (int64_t k = 0; k < count; ++k, out += g.channels) {
+    if (k + 1 < count) find_in_place(value, stride, lane, g, (k + 1) * g.n, g.n);
     std::fill(out, out + g.D, A(0));
     for (int64_t i = k * g.n; i < (k + 1) * g.n; ++i) {
-      if (lane.row[i] >= g.outside) continue;
-      const Level& level = g.levels[i % g.n / g.P];
-      const int32_t at = lane.row[i] - lane.first[i];  // of the bordered map
-      int32_t rows[4];
-      corner_rows(true, at % lane.pitch[i] - 1, at / lane.pitch[i] - 1, int32_t(level.width), int32_t(level.height),
-                  int32_t(level.start), rows);
-      const T* v0 = rows[0] < 0 ? zeros : value + rows[0] * stride;
-      const T* v1 = rows[1] < 0 ? zeros : value + rows[1] * stride;
-      const T* v2 = rows[2] < 0 ? zeros : value + rows[2] * stride;
-      const T* v3 = rows[3] < 0 ? zeros : value + rows[3] * stride;
+      const T* v[4];
+      for (int c = 0; c < 4; ++c) {
+        const int32_t row = lane.in_place[4 * i + c];
+        v[c] = row < 0 ? zeros : value + row * stride;
+      }
       const A* w = lane.corners + 4 * i;
 #pragma omp simd
       for (int64_t c = 0; c < g.D; ++c) {
-        const A top = w[0] * A(v0[c]) + w[1] * A(v1[c]), bottom = w[2] * A(v2[c]) + w[3] * A(v3[c]);
+        const A top = w[0] * A(v[0][c]) + w[1] * A(v[1][c]), bottom = w[2] * A(v[2][c]) + w[3] * A(v[3][c]);
         out[c] += top + bottom;
       }
     }
@@ -362,6 +377,29 @@ struct Scatter {
     }
   }
 };
+
+// As Scatter, with value and its gradient where they lie; these have rows `stride` and `grad_stride` apart.
+template <typename A>
+ICF_SIMD void scatter_in_place(const A* value, int64_t stride, A* grad_value, int64_t grad_stride, const A* grad,
+                               const Lanes<A>& lane, const Geometry& g, int64_t count) {
+  find_in_place(value, stride, lane, g, 0, g.n);
+  for (int64_t k = 0; k < count; ++k, grad += g.channels) {
+    if (k + 1 < count) find_in_place(value, stride, lane, g, (k + 1) * g.n, g.n);
+    for (int64_t i = 4 * k * g.n; i < 4 * (k + 1) * g.n; ++i) {
+      A dot = 0;
+      if (lane.in_place[i] >= 0) {
+        const A* v = value + lane.in_place[i] * stride;
+        A *to = grad_value + lane.in_place[i] * grad_stride, w = lane.corners[i];
+#pragma omp simd reduction(+ : dot)
+        for (int64_t c = 0; c < g.D; ++c) {
+          dot += grad[c] * v[c];
+          to[c] += w * grad[c];
+        }
+      }
+      lane.dots[i] = dot;
+    }
+  }
+}
 
 // From the dot products to the gradients of the coordinates as given and of the weights.
 template <typename A>
@@ -474,13 +512,16 @@ void locate(const Inputs<A, L>& in, const Geometry& g, int64_t b, int64_t q, int
   locate(lane, count * g.n, int32_t(g.outside));
 }
 
+// Their four rows each are fewer than twice the rows of a slice.
+bool few_points(const Geometry& g) { return 2 * g.Q * g.n < g.S; }
+
 template <typename T, typename A, typename L>
 void forward_all(const Tensor& value, const Geometry& g, const Inputs<A, L>& in, T* out) {
   // With few heads and many threads, several threads work on the queries of one head, each with its own slice.
   const int64_t heads = g.B * g.M, threads = torch::stable::get_num_threads();
   const int64_t parts = std::clamp<int64_t>(2 * threads / heads, 1, std::max<int64_t>(g.Q / 256, 1));
   const int64_t step = (g.Q + parts - 1) / parts;
-  const bool in_place = 2 * g.Q * g.n < g.S;  // few samples: their four rows are fewer than twice the rows to copy
+  const bool in_place = few_points(g);
   const T* data = value.const_data_ptr<T>();
   torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
     const Lanes<A> lane(g, in.reference_size);
@@ -513,18 +554,26 @@ void backward_all(const T* grad, const Tensor& value, const Geometry& g, const I
   const T* data = value.const_data_ptr<T>();
   // With fewer heads than threads, several threads work on the queries of one head, each with its own slice; these are
   // added up in order, so the bits depend on the number of threads, unless determinism is asked for.
-  const int64_t heads = g.B * g.M, most = deterministic ? 1 : std::max<int64_t>(g.Q / 256, 1);
+  const bool in_place = std::is_same_v<T, A> && few_points(g);  // sums of 16-bit numbers need a wider slice
+  const int64_t heads = g.B * g.M, most = deterministic || in_place ? 1 : std::max<int64_t>(g.Q / 256, 1);
   const int64_t parts = std::clamp<int64_t>(torch::stable::get_num_threads() / std::max<int64_t>(heads, 1), 1, most);
   const int64_t step = (g.Q + parts - 1) / parts, size = g.rows * 2 * g.channels;
   const Buffer<A> shared(parts > 1 ? heads * parts * size : 0);
+  if (in_place) {
+    torch::stable::parallel_for(0, g.B * g.S, 256, [&](int64_t begin, int64_t end) {
+      std::fill(grad_value + begin * row, grad_value + end * row, T(0));
+    });
+  }
   torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
     const Lanes<A> lane(g, in.reference_size);
-    const Buffer<A> own(parts > 1 ? 0 : size), grads(kChunk * g.channels);
+    const Buffer<A> own(parts > 1 || in_place ? 0 : size), grads(kChunk * g.channels);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t head = unit / parts, b = head / g.M, m = head % g.M, first = unit % parts * step;
       const int64_t last = std::min(first + step, g.Q);
       A* slice = parts > 1 ? shared.get() + unit * size : own.get();
-      pack(data + b * value.stride(0) + m * value.stride(2), value.stride(1), g, slice, 2 * g.channels);
+      const T* from = data + b * value.stride(0) + m * value.stride(2);
+      T* to = grad_value + b * g.S * row + m * g.D;
+      if (!in_place) pack(from, value.stride(1), g, slice, 2 * g.channels);
       for (int64_t q = first; q < last; q += kChunk) {
         const int64_t count = std::min(kChunk, last - q), query = (b * g.Q + q) * g.M + m;
         locate(in, g, b, q, m, count, lane);
@@ -532,7 +581,10 @@ void backward_all(const T* grad, const Tensor& value, const Geometry& g, const I
         copy_rows(grad + query * g.D, row, grads.get(), g.channels, count, g.D);
         prefetch(grad_coordinates + query * g.n * 2, g.M * g.n * 2, count, g.n * 2);
         prefetch(grad_weights + query * g.n, g.M * g.n, count, g.n);
-        at_level<Scatter>(slice, grads.get(), lane, g, count);
+        if constexpr (std::is_same_v<T, A>) {
+          if (in_place) scatter_in_place(from, value.stride(1), to, row, grads.get(), lane, g, count);
+        }
+        if (!in_place) at_level<Scatter>(slice, grads.get(), lane, g, count);
         differentiate(lane, count * g.n);
         if (in.reference != nullptr) {
           softmax_backward(lane.weight, lane.grad_weight, count, g.n);
@@ -540,7 +592,7 @@ void backward_all(const T* grad, const Tensor& value, const Geometry& g, const I
         }
         write_gradients(lane, g, count, grad_coordinates + query * g.n * 2, grad_weights + query * g.n);
       }
-      if (parts == 1) unpack(slice, g, row, grad_value + b * g.S * row + m * g.D);
+      if (parts == 1 && !in_place) unpack(slice, g, row, to);
     }
   });
   if (parts > 1) {

@@ -17,6 +17,7 @@ from icf_kernels._common.testing import (
     Calls,
     assert_as_accurate,
     forward_backward,
+    map_differentiable,
     module,
     operator_function,
     require_grad,
@@ -283,6 +284,20 @@ def test_float64_anywhere_computes_in_float64():
     assert out.dtype == torch.float32
     exact = reference.ms_deform_attn(value.float().double(), SIZES, None, locations, weights.float().double())
     torch.testing.assert_close(out, exact.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_few_points_on_large_maps(backend, fused, dtype):
+    """As a decoder's queries; the C++ kernels sample them where value lies, without a copy of it."""
+    needs(backend, dtype)
+    name = "ms_deform_attn_fused" if fused else "ms_deform_attn"
+    args = make_inputs((2, 21, 3, 12, 2, 30, 25, 9, 8, "apart"), dtype, DEVICES[backend], fused)
+    exact = forward_backward(operator_function("ms_deform_attn", name, "reference"),
+                             map_differentiable(torch.Tensor.double, args), dtype)
+    plain, got = (forward_backward(operator_function("ms_deform_attn", name, "api", backend=which), args, dtype)
+                  for which in ("reference", backend))
+    assert_as_accurate(got, plain, exact)
 
 
 def test_same_bits_for_any_number_of_threads():
