@@ -84,7 +84,7 @@ def kill(run: Run, folder: Path) -> None:
 
 def kill_while_saving(run: Run, folder: Path) -> None:
     while run.running() and not any((folder / "checkpoints").glob(".step-*.partial")):
-        pass
+        time.sleep(0.001)
     time.sleep(random.random() * 0.05)
     run.process.kill()
 
@@ -92,7 +92,8 @@ def kill_while_saving(run: Run, folder: Path) -> None:
 def kill_reader(run: Run, folder: Path) -> None:
     readers = []
     while run.running() and not readers:
-        readers = psutil.Process(run.pid).children()
+        time.sleep(0.01)
+        readers = [child for child in psutil.Process(run.pid).children() if child.name() == "pt_data_worker"]
     random.choice(readers).kill()
 
 

@@ -202,11 +202,14 @@ def test_stopped_in_mid_epoch_and_resumed_equals_uninterrupted(finished, toy_roo
 def test_dead_reader_and_full_disk_are_told_in_a_line_and_cost_the_step_in_flight(finished, toy_root, tmp_path):
     cfg = config(tmp_path / "failing", toy_root)
     process = launch(cfg)
-    while process.poll() is None and not (readers := psutil.Process(process.pid).children()):
+    wait_for_step(process, cfg, 0)
+    readers = []
+    while process.poll() is None and not readers:
         time.sleep(0.01)
+        readers = [child for child in psutil.Process(process.pid).children() if child.name() == "pt_data_worker"]
     readers[0].kill()
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 2 and "Traceback" not in said
+    assert process.returncode == 2 and "Traceback" not in said, said
     assert "DataLoader worker (pid" in said.splitlines()[-1]
     assert said.endswith(f"icf train --resume {cfg.out} goes on after step 0\n")  # no epoch is finished
 
