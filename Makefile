@@ -1,4 +1,4 @@
-.PHONY: dev test interpret sanitize fuzz bench style wheel
+.PHONY: dev test interpret sanitize fuzz endurance bench style wheel
 
 dev:        ## editable install with everything that tests need
 	pip install -e '.[test]'
@@ -17,6 +17,9 @@ sanitize:   ## the C++ operators under AddressSanitizer and UBSan, in a build of
 
 fuzz:       ## 10,000 inputs of each operator
 	pytest tests/kernels/test_fuzz.py --hypothesis-profile=long
+
+endurance:  ## MINUTES (30) of training that is killed, starved and stopped in every way, and loses nothing
+	python tests/endurance.py $(MINUTES)
 
 bench:      ## operators and metrics on every backend that can run
 	pytest benchmarks/ --benchmark-only

@@ -4,7 +4,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,11 +40,23 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def failure_named(path: Path) -> Iterator[None]:
+    """Makes an OSError that names ``path`` and its disk of what safetensors and torch say when they cannot write, which
+    names neither, nor, in the case of torch, that the disk is full."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise OSError(f"{path} could not be written, {free:.0f} MB are free there: {error}") from error
+
+
 def save_weights(path: Path, state: dict[str, torch.Tensor], cfg: Config, **notes) -> None:
     """Write a state dict with its configuration (and ``notes``, such as the step) inside, so that the file suffices."""
     metadata = {"icf": json.dumps({"version": __version__, "config": cfg.to_dict(), **notes})}
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-    write_atomic(path, lambda temporary: save_file(state, temporary, metadata))
+    with failure_named(path):
+        write_atomic(path, lambda temporary: save_file(state, temporary, metadata))
 
 
 def find_weights(source: Path) -> Path:
@@ -145,16 +158,33 @@ def states(run: Path) -> list[Path]:
     return sorted(Path(run).glob(f"{STATES}/step-*"), reverse=True)
 
 
+def step_of(state: Path) -> int:
+    return int(state.name.removeprefix("step-"))
+
+
+def remove_partial(run: Path) -> None:
+    """Remove what a killed process left half-written in a run folder."""
+    for path in list(run.rglob("*.partial")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def save_state(accelerator, run: Path, step: int, keep: int = 2) -> None:
     """Write the whole training state (weights, optimiser, schedule, scaler, progress); all processes call it.
 
-    The ``keep`` newest states stay. A state appears under its name only once it is complete.
+    The ``keep`` newest states stay. A state is under its name only while it is complete.
+
+    Raises:
+        OSError: it could not be written, and is not there.
     """
     path = Path(run) / STATES / f"step-{step:08d}"
     partial = path.with_name(f".{path.name}.partial")  # one name for all processes
     accelerator.wait_for_everyone()
     try:
-        accelerator.save_state(str(partial))
+        with failure_named(path):
+            accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and not path.exists():
             os.replace(partial, path)
@@ -163,5 +193,6 @@ def save_state(accelerator, run: Path, step: int, keep: int = 2) -> None:
             shutil.rmtree(partial, ignore_errors=True)
     if accelerator.is_main_process:
         for old in states(run)[keep:]:
-            shutil.rmtree(old)
+            os.replace(old, partial)
+            shutil.rmtree(partial)
     accelerator.wait_for_everyone()

@@ -407,7 +407,8 @@ class TrainConfig:
         seed: initialisation, order of the data and everything random in the step.
         init_from: weights to start from (a run folder or a .safetensors file); MS3 is usually started from S4.
         evaluate_every: epochs between evaluations of the validation split, 0 for the last only.
-        save_every: steps between checkpoints within an epoch, 0 for epoch ends only.
+        save_every: steps between checkpoints within an epoch, 0 for epoch ends only. What a resumed run has to do again
+            is the steps since the last one: with 1 the step in flight, whatever ended the run.
         log_every: steps between two readings of the losses.
     """
 

@@ -351,7 +351,7 @@ def _evaluate(
     if main:
         write_tables(results, out)
         for kind, other in disturbed.items():
-            other.save_pairing(out / "pairing" / f"{kind}.json")
+            write_atomic(out / "pairing" / f"{kind}.json", other.save_pairing)
         if report:
             history = json.loads((out / HISTORY).read_text()) if (out / HISTORY).is_file() else None
             pictured = samples(predict, true_set, results, cfg.eval.threshold)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
-from .checkpoint import CONFIG, WEIGHTS, load_weights, save_state, save_weights, states, write_atomic
+from .checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    load_weights,
+    remove_partial,
+    save_state,
+    save_weights,
+    states,
+    step_of,
+    write_atomic,
+)
 from .config import Config, TrainConfig
 from .data import build_dataset, collate
 from .evaluate import evaluate, validate
@@ -80,13 +91,15 @@ def train(cfg: Config, resume: bool = False) -> dict:
         FileExistsError: ``cfg.out`` holds a run already and ``resume`` is not set.
         FileNotFoundError: there is nothing to resume.
         ValueError: ``cfg.backend`` cannot run here.
+        OSError: the machine ended the run (a full disk, a killed reader, no memory); the message tells how to go on.
     """
     with use_backend(cfg.backend):
-        return run(cfg, resume)
+        accelerator = start(cfg, resume)
+        with machine_errors(cfg.out):
+            return run(accelerator, cfg, resume)
 
 
-def run(cfg: Config, resume: bool) -> dict:
-    accelerator = start(cfg, resume)
+def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
     with accelerator.main_process_first():  # which writes the toy benchmark where it is missing
         train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
     train_set.seed = cfg.train.seed
@@ -108,7 +121,9 @@ def run(cfg: Config, resume: bool) -> dict:
     accelerator.register_for_checkpointing(schedule, progress)
     if resume:
         accelerator.load_state(str(newest_state(cfg.out)))
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": progress.step}})
+    else:
+        save_state(accelerator, cfg.out, progress.step)  # from here on there is something to resume
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
 
     bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
     with stop_requested(accelerator) as stopping, bar:
@@ -139,6 +154,7 @@ def start(cfg: Config, resume: bool) -> Accelerator:
         raise FileExistsError(f"{cfg.out} holds a run already: --resume {cfg.out} goes on with it, --out names another "
                               "folder, or remove it")
     if accelerator.is_main_process:
+        remove_partial(cfg.out)
         write_atomic(cfg.out / CONFIG, lambda path: path.write_text(yaml.safe_dump(cfg.to_dict(), sort_keys=False)))
     accelerator.wait_for_everyone()
     return accelerator
@@ -146,8 +162,25 @@ def start(cfg: Config, resume: bool) -> Accelerator:
 
 def newest_state(run: Path) -> Path:
     if not states(run):
-        raise FileNotFoundError(f"{run} holds no training state to resume from")
+        raise FileNotFoundError(f"{run} holds no training state to resume from; icf train without --resume starts anew")
     return states(run)[0]
+
+
+# What libraries say, in a RuntimeError, where the machine failed and not the program.
+MACHINE = re.compile(r"DataLoader worker \(pid|Too many open files|allocate memory|out of memory")
+
+
+@contextmanager
+def machine_errors(run: Path) -> Iterator[None]:
+    """Tells in one line what of the machine ended a run, and how to go on; other errors pass as they are."""
+    try:
+        yield
+    except Exception as error:
+        machine = type(error) in (OSError, MemoryError) or MACHINE.search(str(error))  # its subclasses name a setting
+        if not machine or not states(run):
+            raise
+        said = (str(error) or "out of memory").strip().splitlines()[-1]  # before it, the traceback of a reader
+        raise OSError(f"{said}; icf train --resume {run} goes on after step {step_of(states(run)[0])}") from error
 
 
 def build_loader(dataset: Dataset, cfg: Config, sampler: Sampler) -> DataLoader:

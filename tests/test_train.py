@@ -1,22 +1,36 @@
 """Training: what a run leaves behind, and that stopping it in any way and going on changes nothing."""
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
+import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from icf.checkpoint import load_model, load_weights, read_config, save_weights, states, write_atomic
+from icf.checkpoint import (
+    load_model,
+    load_weights,
+    read_config,
+    save_state,
+    save_weights,
+    states,
+    step_of,
+    write_atomic,
+)
 from icf.cli import main
 from icf.config import Config
 from icf.evaluate import evaluate
 from icf.predict import predict
-from icf.train import EpochSampler, length, lr_factor, parameter_groups, train
+from icf.train import EpochSampler, length, lr_factor, machine_errors, parameter_groups, train
 from icf_kernels._common.backend import PROBLEM
 from icf_kernels._common.testing import Calls
 
@@ -49,6 +63,22 @@ def launch(cfg, *args, processes=1):
     command = [sys.executable, *(several if processes > 1 else []), "-m", "icf.cli", "train", *(args or [str(file)])]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+def wait_for_step(process, cfg, step):
+    while process.poll() is None and not (states(cfg.out) and step_of(states(cfg.out)[0]) >= step):
+        time.sleep(0.01)
+
+
+@contextmanager
+def files_of(size: int):
+    """No file may be larger, as if the disk were full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def weights(run):
@@ -152,8 +182,7 @@ def test_a_backend_that_cannot_run_ends_a_run_before_it_begins(toy_root, tmp_pat
 def test_stopped_in_mid_epoch_and_resumed_equals_uninterrupted(finished, toy_root, tmp_path, how):
     cfg = config(tmp_path / "stopped", toy_root, save_every=1)
     process = launch(cfg)
-    while process.poll() is None and len(states(cfg.out)) < 2:
-        time.sleep(0.01)
+    wait_for_step(process, cfg, 2)
     process.send_signal(how)
     output = process.communicate(timeout=60)[0]
     step = int(states(cfg.out)[0].name.removeprefix("step-"))
@@ -168,6 +197,57 @@ def test_stopped_in_mid_epoch_and_resumed_equals_uninterrupted(finished, toy_roo
         assert torch.equal(weights(cfg.out)[name], value), name
     first, second = (json.loads((run / "metrics.json").read_text()) for run in (finished.out, cfg.out))
     assert first == second
+
+
+def test_dead_reader_and_full_disk_are_told_in_a_line_and_cost_the_step_in_flight(finished, toy_root, tmp_path):
+    cfg = config(tmp_path / "failing", toy_root)
+    process = launch(cfg)
+    wait_for_step(process, cfg, 0)
+    readers = []
+    while process.poll() is None and not readers:
+        time.sleep(0.01)
+        readers = [child for child in psutil.Process(process.pid).children() if child.name() == "pt_data_worker"]
+    readers[0].kill()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and "Traceback" not in said, said
+    assert "DataLoader worker (pid" in said.splitlines()[-1]
+    assert said.endswith(f"icf train --resume {cfg.out} goes on after step 0\n")  # no epoch is finished
+
+    (cfg.out / "checkpoints" / ".step-00000007.partial").mkdir()  # as of a process that was killed
+    (cfg.out / ".best.safetensors.1.partial").write_text("half")
+    process = launch(cfg, "--resume", str(cfg.out), "--train.save_every", "1")
+    wait_for_step(process, cfg, 2)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
+    said = process.communicate(timeout=60)[0]
+    step = step_of(states(cfg.out)[0])
+    assert process.returncode == 2 and "Traceback" not in said and step < 8
+    assert f"step-{step + 1:08d} could not be written" in said.splitlines()[-1]
+    assert said.endswith(f"icf train --resume {cfg.out} goes on after step {step}\n")
+    assert not list(cfg.out.rglob("*.partial"))
+
+    process = launch(cfg, "--resume", str(cfg.out), "--train.save_every", "0")
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    for name, value in weights(finished.out).items():
+        assert torch.equal(weights(cfg.out)[name], value), name
+    assert json.loads((cfg.out / "metrics.json").read_text()) == json.loads((finished.out / "metrics.json").read_text())
+    events = EventAccumulator(str(cfg.out / "tensorboard")).Reload().Scalars("loss")
+    assert [event.step for event in events] == list(range(1, 9))  # none twice, none missing
+
+
+def test_machine_errors_name_the_way_on_and_others_pass(tmp_path):
+    (tmp_path / "checkpoints" / "step-00000012").mkdir(parents=True)
+    for error in (OSError(28, "No space left on device"), MemoryError(), RuntimeError("DataLoader worker (pid 1) is"),
+                  RuntimeError("CUDA out of memory"), RuntimeError("x: can't allocate memory")):
+        with pytest.raises(OSError, match=rf"^.+; icf train --resume {tmp_path} goes on after step 12$"):
+            with machine_errors(tmp_path):
+                raise error
+    for error in (FileNotFoundError("data"), RuntimeError("shapes"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as raised, machine_errors(tmp_path):
+            raise error
+        assert raised.value is error
+    with pytest.raises(MemoryError), machine_errors(tmp_path / "nothing saved yet"):
+        raise MemoryError
 
 
 def test_a_run_is_not_overwritten_and_nothing_resumes_from_nothing(finished, toy_root, tmp_path):
@@ -253,6 +333,28 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomic(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_full_disk_is_named_and_the_old_weights_stay(tmp_path):
+    path, cfg = tmp_path / "w.safetensors", Config.from_dict(SMALL)
+    save_weights(path, {"x": torch.zeros(1)}, cfg)
+    with files_of(10_000), pytest.raises(OSError, match="w.safetensors could not be written, [0-9]+ MB are free"):
+        save_weights(path, {"x": torch.ones(100_000)}, cfg)
+    assert load_file(path)["x"].tolist() == [0] and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("size", [1_000, 45_000])  # neither weights nor optimiser fit; the weights do
+def test_full_disk_leaves_the_last_training_state(tmp_path, size):
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(100, 100)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    model(torch.ones(1, 100)).sum().backward()
+    optimizer.step()
+    save_state(accelerator, tmp_path, 1)
+    with files_of(size), pytest.raises(OSError, match="step-00000002 could not be written, [0-9]+ MB are free"):
+        save_state(accelerator, tmp_path, 2)
+    assert [state.name for state in states(tmp_path)] == ["step-00000001"] and not list(tmp_path.rglob("*.partial"))
+    accelerator.load_state(str(states(tmp_path)[0]))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a safetensors file", b"\xff" * 64])

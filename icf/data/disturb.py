@@ -5,7 +5,6 @@ Every sound passes through the same front end as the true one, so that it can be
 from __future__ import annotations
 
 import json
-import os
 import warnings
 import zlib
 from pathlib import Path
@@ -106,9 +105,7 @@ class Disturbed(torch.utils.data.Dataset):
     def save_pairing(self, path: Path | str) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(self.pairing, indent=1), encoding="utf-8")
-        os.replace(partial, path)
+        path.write_text(json.dumps(self.pairing, indent=1), encoding="utf-8")
 
     def _rng(self, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, zlib.crc32(self.kind.encode()), index))

@@ -62,6 +62,8 @@ class TextTower(nn.Module):
         self.width: int = net.embedding.embedding_dim
         self.out: int = net.out
         self._prompts: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._slots: tuple[Tensor, Tensor] | None = None                    # places and vectors, while a prompt is read
+        self.net.embedding.register_forward_hook(self._fill)                # here, as torch.compile cannot in forward
         self.requires_grad_(False)
         self.train(False)
 
@@ -79,15 +81,17 @@ class TextTower(nn.Module):
             raise ValueError(f"slots: expected [k, slot_len, {self.width}], got {list(slots.shape)}")
         ids, places = self._prompt(template, slots.shape[1], slots.device)
         ids = ids.expand(len(slots), -1)
-
-        def fill(module: nn.Module, arguments: tuple, embedded: Tensor) -> Tensor:
-            return embedded.index_copy(1, places, slots.to(embedded.dtype))
-
-        handle = self.net.embedding.register_forward_hook(fill)
+        self._slots = places, slots
         try:
             return self.net(ids, torch.ones_like(ids)).to(slots.dtype)
         finally:
-            handle.remove()
+            self._slots = None
+
+    def _fill(self, module: nn.Module, arguments: tuple, embedded: Tensor) -> Tensor:
+        if self._slots is None:                                             # an ordinary text
+            return embedded
+        places, slots = self._slots
+        return embedded.index_copy(1, places, slots.to(embedded.dtype))
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:

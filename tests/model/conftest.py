@@ -14,13 +14,13 @@ def seed():
 @pytest.fixture
 def make_model():
     """A small model; keywords go to the decoder's settings."""
-    def make(classes=1, loss=None, levels=("video", "frame"), **decoder):
+    def make(classes=1, loss=None, objective=None, levels=("video", "frame"), **decoder):
         sizes = {"dim": 32, "pixel_layers": 1, "pixel_ffn": 64, "layers": 3, "ffn": 64, "heads": 4, "queries": 6}
         settings = ModelConfig(
             classes=classes, visual=VisualConfig("test_resnet", "none", freeze_norm=False),
             audio=AudioConfig("none", width=0.0625, train=True), context=ContextConfig(levels, dim=8),
             decoder=DecoderConfig(**{**sizes, **decoder}))
-        return ICF(settings, loss)
+        return ICF(settings, loss, objective)
     return make
 
 

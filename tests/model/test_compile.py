@@ -1,9 +1,12 @@
-"""torch.compile takes the parts of the model whole: no graph break, in our operators or between them."""
+"""torch.compile takes the model and its parts whole: no graph break, in our operators or between them."""
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
 from icf.cdcl import CDCL
-from icf.config import CDCLConfig, MITConfig, SCConfig
+from icf.config import CDCLConfig, MITConfig, ObjectiveConfig, SCConfig
 from icf.context import LevelFeatures, VisualContext
 from icf.decoder import Decoder
 from icf.losses import dense_losses
@@ -13,6 +16,8 @@ from icf.pixel_decoder import PixelDecoder
 from icf.sc import SC, Counterfactuals
 
 B, T, D = 3, 5, 24
+MIT_CONFIG = MITConfig(frame="hash", video="hash", audio="hash", texts=6)
+SC_CONFIG = SCConfig(dim=16, blocks=2, candidates=5, keep=3, ddim_steps=2, width=16, layers=1, heads=2)
 
 
 def maps(*sizes, channels=12):
@@ -30,15 +35,13 @@ def imagined() -> Counterfactuals:
 
 
 def mit():
-    """Without the text towers, which put pseudo-words in place by hooks that break the graph."""
-    config = MITConfig(frame="hash", video="hash", audio="hash", texts=6)
-    part, levels = MIT(config, 7, build_towers(config)), LevelFeatures([12], 512, config.levels, ())
-    return part.eval(), (*levels([torch.randn(B, T, 12, 4, 4)]), torch.randn(B, T, 7))
+    part, levels = MIT(MIT_CONFIG, 7, build_towers(MIT_CONFIG)), LevelFeatures([12], 512, MIT_CONFIG.levels, ())
+    part.texts()  # tokenises the prompts, once
+    return part, (*levels([torch.randn(B, T, 12, 4, 4)]), torch.randn(B, T, 7))
 
 
 def sc(**options):
-    config = SCConfig(dim=16, blocks=2, candidates=5, keep=3, ddim_steps=2, width=16, layers=1, heads=2, **options)
-    return SC(config, D, 12), (torch.randn(B, T, D), torch.randn(B, T, 12))
+    return SC(replace(SC_CONFIG, **options), D, 12), (torch.randn(B, T, D), torch.randn(B, T, 12))
 
 
 def cdcl(**options):
@@ -66,3 +69,18 @@ def test_parts_compile_without_graph_break(name):
     part, args = PARTS[name]()
     torch.compiler.reset()  # one limit of compilations counts for all tests
     torch.compile(part, fullgraph=True, backend="eager")(*args)
+
+
+def test_training_is_one_graph_with_the_same_losses(make_model, make_batch):
+    model = make_model(objective=ObjectiveConfig(mit=MIT_CONFIG, sc=SC_CONFIG, cdcl=CDCLConfig(dim=16)))
+    batch, losses = make_batch((5, 3)), []
+    model(batch)  # tokenises the prompts, once
+    torch.compiler.reset()
+    twin = copy.deepcopy(model)
+    for run in (model, torch.compile(twin, fullgraph=True, backend="eager")):
+        torch.manual_seed(1)
+        losses.append(run(batch))
+        losses[-1].total.backward()
+    torch.testing.assert_close(losses[1].detached(), losses[0].detached())
+    for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, parameter.grad, msg=name)

@@ -172,7 +172,7 @@ def test_a_slot_is_read_and_ordinary_texts_are_as_before(make_tower, kind):
     before = tower.encode(texts)
     features = tower(random_slots(tower), "a video of *")
     assert not torch.allclose(features[:1], before[:1], atol=1e-2)
-    assert torch.equal(tower.encode(texts), before)                         # the hook is gone
+    assert torch.equal(tower.encode(texts), before)                         # the slots are gone
     torch.testing.assert_close(tower(own_slots(tower), "a video of *"), before[:1])
 
 
