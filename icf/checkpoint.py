@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import __version__
 from .config import Config
+from .files import parse_json, read_yaml
 
 CONFIG = "config.yaml"  # the resolved configuration in a run folder
 WEIGHTS = "best.safetensors"  # the name of the best weights in a run folder
@@ -67,10 +67,12 @@ def read_config(source: Path) -> Config:
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is not one of icf's.
     """
-    source = Path(source)
-    if (source / CONFIG).is_file():
-        return Config.from_dict(yaml.safe_load((source / CONFIG).read_text()))
-    return Config.from_dict(read_notes(source)["config"])
+    path = Path(source) / CONFIG
+    values = read_yaml(path) if path.is_file() else read_notes(source)["config"]
+    try:
+        return Config.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path if path.is_file() else source}: {error}") from None
 
 
 def read_notes(source: Path) -> dict:
@@ -85,9 +87,10 @@ def read_notes(source: Path) -> dict:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    if "icf" not in metadata:
+    notes = parse_json(metadata.get("icf", "null"), path)
+    if not isinstance(notes, dict) or not isinstance(notes.get("config"), dict):
         raise ValueError(f"{path} holds no icf configuration; it was not written by icf")
-    return json.loads(metadata["icf"])
+    return notes
 
 
 def load_weights(model: nn.Module, source: Path, *, strict: bool = True) -> list[str]:
@@ -110,12 +113,15 @@ def load_weights(model: nn.Module, source: Path, *, strict: bool = True) -> list
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     own = model.state_dict()
     state = {name: value for name, value in state.items() if name in own or not name.startswith(TRAINING_ONLY)}
-    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape
+               and own[name].is_floating_point() == value.is_floating_point()}
     missing = sorted(own.keys() - fitting.keys())
     if strict and (missing or len(fitting) < len(state)):
         surplus = sorted(state.keys() - fitting.keys())
-        raise ValueError(f"{path} does not fit the model: missing or of another shape {missing[:3]}, "
+        raise ValueError(f"{path} does not fit the model: missing or of another shape or type {missing[:3]}, "
                          f"surplus {surplus[:3]}")
+    if broken := [name for name, value in fitting.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path} holds values that are not finite: {broken[:3]}")
     if not fitting:
         raise ValueError(f"{path} holds no parameter of the model")
     model.load_state_dict(fitting, strict=False)

@@ -6,7 +6,6 @@ embedding puts the learnable vectors where ``*`` stands. Ids, positions, masks a
 from __future__ import annotations
 
 import copy
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from icf.encoders.weights import first_line, read_weights
+from icf.files import read_json
 
 TEMPLATES = {"video": "a video of *", "segment": "a segment of *", "frame": "a frame of *", "audio": "an audio of *"}
 SLOT = "*"          # known to CLIP and RoBERTa: X-CLIP pools at the largest id, so no new token will do
@@ -200,8 +200,8 @@ def _from_transformers(kind: str, weights: str, key: str) -> tuple[ProjectedText
     transformers = _transformers(kind, key)
     folder = _folder(weights, MODEL_FILES, key)
     try:
-        family = json.loads((folder / "config.json").read_text())["model_type"].split("_")[0]   # clip_text_model: clip
-    except (ValueError, KeyError, TypeError) as error:
+        family = read_json(folder / "config.json")["model_type"].split("_")[0]      # clip_text_model: clip
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{key}: {weights} has no config.json of a transformers model") from error
     if family != kind:
         raise ValueError(f"{key}: {weights} holds a model of type {family}, expected {kind}")
@@ -311,7 +311,7 @@ def _laion(weights: str | nn.Module, key: str) -> tuple[ProjectedText, HubTokeni
         head = nn.Sequential(*(_linear(projection, place) for place in (0, 2)))
         head.insert(1, nn.ReLU())
         head.load_state_dict(projection)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"{key}: {weights} holds something other than a CLAP of LAION with RoBERTa "
                          f"({first_line(error)})") from error
     return ProjectedText(model, head), HubTokenizer(tokenizer)

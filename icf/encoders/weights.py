@@ -13,7 +13,7 @@ def read_weights(key: str, path: str) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of tensors; a torch file may hold nothing else, or all of them under `state_dict`.
+        ValueError: not a file of finite tensors; a torch file may hold nothing else, or all of them under `state_dict`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{key}: there is no file {str(path)!r}")
@@ -22,8 +22,10 @@ def read_weights(key: str, path: str) -> dict[str, Tensor]:
     except Exception as error:
         raise ValueError(f"{key}: {path} cannot be read as weights ({first_line(error)})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items()):
         raise ValueError(f"{key}: {path} holds something other than named tensors")
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise ValueError(f"{key}: {path} holds values that are not finite, in {broken[0]} first")
     return state
 
 
