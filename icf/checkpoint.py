@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,11 +15,13 @@ from torch import nn
 
 from . import __version__
 from .config import Config
-from .files import parse_json, read_yaml
+from .encoders.weights import first_line
+from .files import parse_json, read_json, read_yaml
 
 CONFIG = "config.yaml"  # the resolved configuration in a run folder
 WEIGHTS = "best.safetensors"  # the name of the best weights in a run folder
 TRAINING_ONLY = "objective."  # parameters that a model built for inference does without
+OTHERS = "progress.json"  # in a training state; what Accelerate would save of others, it would unpickle with trust
 STATES = "checkpoints"  # where a run folder keeps its training states, one folder a step
 
 
@@ -151,8 +154,9 @@ def states(run: Path) -> list[Path]:
     return sorted(Path(run).glob(f"{STATES}/step-*"), reverse=True)
 
 
-def save_state(accelerator, run: Path, step: int, keep: int = 2) -> None:
-    """Write the whole training state (weights, optimiser, schedule, scaler, progress); all processes call it.
+def save_state(accelerator, run: Path, step: int, keep: int = 2, **others) -> None:
+    """Write the whole training state: weights, optimiser, scaler, and the ``state_dict`` of each of ``others``, which
+    JSON has to be able to hold; all processes call it.
 
     The ``keep`` newest states stay. A state appears under its name only once it is complete.
     """
@@ -161,6 +165,8 @@ def save_state(accelerator, run: Path, step: int, keep: int = 2) -> None:
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(partial))
+        if accelerator.is_main_process:
+            (partial / OTHERS).write_text(json.dumps({name: x.state_dict() for name, x in others.items()}))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and not path.exists():
             os.replace(partial, path)
@@ -171,3 +177,19 @@ def save_state(accelerator, run: Path, step: int, keep: int = 2) -> None:
         for old in states(run)[keep:]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def load_state(accelerator, state: Path, **others) -> None:
+    """Go on from a training state of :func:`save_state`. Nothing in it is trusted: its pickles may hold tensors only.
+
+    Raises:
+        ValueError: it is damaged, or of another model.
+    """
+    try:
+        accelerator.load_state(str(state))
+        values = read_json(state / OTHERS)
+        for name, other in others.items():
+            other.load_state_dict(values[name])
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError,
+            SafetensorError) as error:
+        raise ValueError(f"{state} is no training state of this model ({first_line(error)})") from error

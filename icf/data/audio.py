@@ -36,8 +36,8 @@ MAX_PICKLE = 16 * 2**20  # bytes; the distributed files have 0.12 MB
 def load_wav(path: Path | str) -> tuple[Tensor, int]:
     """Sound of a file as (float32 [n] in [-1,1], rate in Hz); 16-bit samples are divided by 32768, channels averaged.
 
-    Raises FileNotFoundError where there is no such file and ValueError where it holds no sound, or one of absurd length,
-    rate or samples.
+    Raises FileNotFoundError where there is no such file and ValueError where it holds no sound, or one of absurd
+    length, rate or samples.
     """
     import soundfile
 
