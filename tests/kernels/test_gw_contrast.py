@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.functional import normalize
 
 from icf.ops import contrast_positives, gaussian_entropy, gaussian_wasserstein, gw_contrast, gw_text_contrast
-from icf_kernels._common.testing import why_not
+from icf_kernels._common.testing import LOOSER, why_not
 from icf_kernels.gw_contrast.reference import dense_gaussian_entropy, dense_gaussian_wasserstein
 
 SPECTRAL = ("plain", "smooth", "entropic", "eps")
@@ -100,7 +100,7 @@ def test_accuracy_in_float32(T, device, backend):
     rounded = [z.float().double() for z in (x, y)]
     double = value_and_gradients(partial(gaussian_wasserstein, backend="reference"), *rounded)
     traces = [z.var(1, correction=0).sum(-1) for z in rounded]
-    assert ((single[0] - double[0]).abs() <= 1e-6 * (traces[0][:, None] + traces[1])).all()
+    assert ((single[0] - double[0]).abs() <= LOOSER * 1e-6 * (traces[0][:, None] + traces[1])).all()
     assert_relative(single[1:], double[1:], 1e-5)
 
 
