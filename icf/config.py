@@ -535,10 +535,9 @@ def config_parser(**options) -> ArgumentParser:
 
 def build_config(parser: ArgumentParser, parsed: Namespace) -> Config:
     """The checked configuration of what ``parser`` has parsed."""
-    try:
-        values = parser.instantiate(parsed)
-    except TypeError:
-        raise ValueError("configuration: expected all sections to hold fields by name") from None
+    for key, default in parser.get_defaults().items():  # an empty value passes as any type, and for a whole section
+        _require(default is None or parsed.get(key) is not None, key, "a value", None)
+    values = parser.instantiate(parsed)
     cfg = Config(**{field.name: values[field.name] for field in fields(Config)})
     cfg.check()
     return cfg

@@ -450,7 +450,7 @@ def oracles(dataset: Dataset) -> dict:
     """J of whom segments what stands out, and of whom segments what is heard; known for the toy benchmark only."""
     if not getattr(dataset, "groups", {}):
         return {}
-    found = read_manifest(dataset.root)["oracles"][dataset.split]
+    found = read_manifest(dataset.root)["oracles"].get(dataset.split) or {}
     return {name: scores for name, scores in found.items() if isinstance(scores, dict)}
 
 

@@ -162,14 +162,15 @@ def read_classes(folder: Path) -> list[str]:
 
 
 def read_manifest(folder: Path) -> dict:
-    """What the toy benchmark says of itself: `version`, `settings`, `oracles` and `clips`. Raises FileNotFoundError, or
-    ValueError where the file was not written by `icf.data.toy`."""
+    """What the toy benchmark says of itself: `oracles` by split, `clips`, and what they were made by. Raises
+    FileNotFoundError, or ValueError where the file was not written by `icf.data.toy`."""
     path = folder / MANIFEST
-    manifest = read_json(path)
-    clips = manifest.get("clips") if isinstance(manifest, dict) else None
-    if not isinstance(clips, list) or not {"version", "settings", "oracles"} <= manifest.keys() or not all(
-            isinstance(clip, dict) and isinstance(clip.get("group"), str) and isinstance(clip.get("name"), str)
-            and "split" in clip for clip in clips):
+    found = read_json(path)
+    manifest = {"oracles": {}, "clips": [], **found} if isinstance(found, dict) else {"oracles": None, "clips": None}
+    fields = ("name", "group", "split")
+    if not isinstance(manifest["oracles"], dict) or not isinstance(manifest["clips"], list) or not all(
+            isinstance(clip, dict) and all(isinstance(clip.get(key), str) for key in fields)
+            for clip in manifest["clips"]):
         raise ValueError(f"{path}: expected what icf data toy writes; delete the folder to have it written again")
     return manifest
 

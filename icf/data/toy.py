@@ -660,9 +660,10 @@ def _exists(root: Path, subset: str, settings: Settings) -> bool:
         raise FileExistsError(f"{folder} is there already and is no toy benchmark: choose another root, or read it "
                               "as it is by leaving data.toy unset")
     found = load_manifest(root, subset)
-    if (found["version"], found["settings"]) != (VERSION, json.loads(json.dumps(asdict(settings)))):
-        raise FileExistsError(f"{folder} holds a toy benchmark of version {found['version']} with {found['settings']}, "
-                              f"not of version {VERSION} with {asdict(settings)}: choose another root or delete it")
+    version, made_with = found.get("version"), found.get("settings")
+    if (version, made_with) != (VERSION, json.loads(json.dumps(asdict(settings)))):  # JSON knows no tuples
+        raise FileExistsError(f"{folder} holds a toy benchmark of version {version} with {made_with}, not of version "
+                              f"{VERSION} with {asdict(settings)}: choose another root or delete it")
     return True
 
 

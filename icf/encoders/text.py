@@ -45,7 +45,8 @@ class TextTower(nn.Module):
 
     Args:
         net: token ids and attention mask [n,L] to features [n,out], with its token `embedding` and `out` as attributes.
-        tokenizer: `ids(text)`, `word(text)` (without the marks of begin and end), `is_slot(id)` and `pad`.
+        tokenizer: `ids(text)`, `word(text)` (without the marks of begin and end), `is_slot(id)`, and the ids `pad` and
+            `largest`.
         templates: those that `forward` knows by number; each holds one `*`.
 
     Attributes:
@@ -154,6 +155,10 @@ def text_tower(kind: str, weights: str | nn.Module = "default", dtype: torch.dty
         net, tokenizer = _laion(weights, key)
     else:
         net, tokenizer = _from_transformers(kind, weights, key)
+    if broken := [name for name, value in net.named_parameters() if not value.isfinite().all()]:
+        raise ValueError(f"{key}: {weights} holds values that are not finite, in {broken[0]} first")
+    if tokenizer.largest >= net.embedding.num_embeddings:
+        raise ValueError(f"{key}: {weights} has {net.embedding.num_embeddings} tokens, its tokeniser more")
     return TextTower(net.to(dtype), tokenizer, templates)
 
 
@@ -185,6 +190,7 @@ class HubTokenizer:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.pad: int = tokenizer.pad_token_id
+        self.largest: int = max(tokenizer.get_vocab().values())
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, truncation=True, max_length=CONTEXT)["input_ids"]
@@ -397,6 +403,7 @@ class HashTokenizer:
     """Lower-case words to one of HashNet's buckets; 0 pads, 1 ends every text, and 2 is the slot."""
 
     pad = 0
+    largest = HashNet.BUCKETS - 1
 
     def ids(self, text: str) -> list[int]:
         return [*self.word(text)[:CONTEXT - 1], 1]
