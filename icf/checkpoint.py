@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -190,6 +189,5 @@ def load_state(accelerator, state: Path, **others) -> None:
         values = read_json(state / OTHERS)
         for name, other in others.items():
             other.load_state_dict(values[name])
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError,
-            SafetensorError) as error:
+    except Exception as error:  # the readers of Accelerate and torch let errors of every kind through
         raise ValueError(f"{state} is no training state of this model ({first_line(error)})") from error

@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 import pickletools
+import struct
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
@@ -190,7 +191,7 @@ def load_log_mel(path: Path | str) -> Tensor:
         _check_places(data)
         examples = _TensorUnpickler(io.BytesIO(data)).load()
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError,
-            UnicodeError, OverflowError, ImportError) as error:
+            AssertionError, OverflowError, ImportError, struct.error) as error:
         raise ValueError(f"{path}: not a pickled tensor ({error})") from error
     if not isinstance(examples, Tensor) or examples.shape[1:] != (1, EXAMPLE, BANDS) or not len(examples):
         got = list(examples.shape) if isinstance(examples, Tensor) else type(examples).__name__
