@@ -14,7 +14,7 @@ from torch import nn
 
 from . import __version__
 from .config import Config
-from .encoders.weights import first_line
+from .encoders.weights import first_line, require_finite
 from .files import parse_json, read_json, read_yaml
 
 CONFIG = "config.yaml"  # the resolved configuration in a run folder
@@ -122,8 +122,7 @@ def load_weights(model: nn.Module, source: Path, *, strict: bool = True) -> list
         surplus = sorted(state.keys() - fitting.keys())
         raise ValueError(f"{path} does not fit the model: missing or of another shape or type {missing[:3]}, "
                          f"surplus {surplus[:3]}")
-    if broken := [name for name, value in fitting.items() if not value.isfinite().all()]:
-        raise ValueError(f"{path} holds values that are not finite: {broken[:3]}")
+    require_finite(str(path), fitting)
     if not fitting:
         raise ValueError(f"{path} holds no parameter of the model")
     model.load_state_dict(fitting, strict=False)

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from .files import read_yaml
@@ -518,9 +517,10 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser, cfg, values, option_string=None):
         file = "\n" not in values and Path(values).is_file()
-        text = yaml.safe_dump(read_yaml(values)) if file else values
+        if file:
+            read_yaml(values)  # for its errors
         try:
-            super().__call__(parser, cfg, text, option_string)
+            super().__call__(parser, cfg, values, option_string)
         except (ArgumentError, TypeError, ValueError) as error:
             raise ArgumentError(self, f"{values}: {error}" if file else str(error)) from None
 

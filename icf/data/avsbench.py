@@ -93,6 +93,8 @@ def read_metadata(folder: Path, subset: str) -> list[dict[str, str]]:
             if column in row and not is_file_name(row[column]):
                 raise ValueError(f"{path}: row {number}: {column} must do as a file name, got {row[column][:60]!r}")
         rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: names no clip")
     return rows
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from icf.encoders.weights import first_line, read_weights
+from icf.encoders.weights import first_line, read_weights, require_finite
 from icf.files import read_json
 
 TEMPLATES = {"video": "a video of *", "segment": "a segment of *", "frame": "a frame of *", "audio": "an audio of *"}
@@ -155,8 +155,7 @@ def text_tower(kind: str, weights: str | nn.Module = "default", dtype: torch.dty
         net, tokenizer = _laion(weights, key)
     else:
         net, tokenizer = _from_transformers(kind, weights, key)
-    if broken := [name for name, value in net.named_parameters() if not value.isfinite().all()]:
-        raise ValueError(f"{key}: {weights} holds values that are not finite, in {broken[0]} first")
+    require_finite(f"{key}: {weights}", dict(net.named_parameters()))
     if tokenizer.largest >= net.embedding.num_embeddings:
         raise ValueError(f"{key}: {weights} has {net.embedding.num_embeddings} tokens, its tokeniser more")
     return TextTower(net.to(dtype), tokenizer, templates)

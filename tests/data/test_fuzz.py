@@ -564,6 +564,7 @@ HOSTILE = {  # what: file, how it is written, how it is read, what is said
     "clip elsewhere": ("clips.csv", write_rows(["name", "split"], ["../x", "val"]), READERS["clips.csv"][1], "'../x'"),
     "category elsewhere": ("s4_meta_data.csv", write_rows(["a", "0", "/etc", "val"]), read_metadata_of("s4"), "'/etc'"),
     "name too long for a file": ("ms3_meta_data.csv", write_rows(["x" * 300, "val"]), read_metadata_of("ms3"), "name"),
+    "header alone": ("ms3_meta_data.csv", write_rows(["name", "split"]), read_metadata_of("ms3"), "names no clip"),
     "a picture for a year": ("clips.csv", fps_of("0.00000003"), READERS["clips.csv"][1], "expected an fps"),
     "no class": ("label2idx.json", write_json({}), read_names, "expected an object"),
     "more classes than a mask holds": ("label2idx.json", write_json(
@@ -572,6 +573,8 @@ HOSTILE = {  # what: file, how it is written, how it is read, what is said
     "empty section": ("config.yaml", write_text("train:\n"), read_run, "train.batch: expected a value"),
     "division by nothing": ("config.yaml", write_text("model:\n  decoder:\n    heads: 0\n"), read_run,
                             "divisible by model.decoder.heads"),
+    "weights of zeros left out": ("a.pth", lambda path: torch.save({"x": torch.zeros(3).to_sparse()}, path), read_state,
+                                  "other than named tensors"),
     "weights that are not finite": ("a.safetensors", lambda path: save_weights(path, {
         name: x / 0 for name, x in Small().state_dict().items()}, Config()), load_small, "does not fit|not finite"),
     "code in a training state": ("checkpoints/step-00000001/model.safetensors", state_with_code, resume,

@@ -141,6 +141,17 @@ def test_static_clip_gets_no_gradient_on_its_deviations(device, backend):
 
 
 @every_backend
+@pytest.mark.parametrize("spectral", ["smooth", "entropic"])
+def test_static_clip_beside_a_large_regularization(spectral, device, backend):
+    x, y = frames(2, 1, 32, 1, torch.float32).expand(-1, 5, -1), frames(3, 5, 32, 2, torch.float32)
+    skip_unless_can_run(backend, device, x, spectral)
+    function = partial(gaussian_wasserstein, spectral=spectral, regularization=10)
+    actual = value_and_gradients(partial(function, backend=backend), x.to(device), y.to(device))
+    expected = value_and_gradients(partial(function, backend="reference"), x.double(), y.double())
+    torch.testing.assert_close([z.cpu().double() for z in actual], list(expected), rtol=1e-5, atol=1e-5)
+
+
+@every_backend
 @pytest.mark.parametrize("case", ["identical", "zero", "rank 1", "near duplicates", "two distinct frames"])
 def test_degenerate_clips(case, device, backend):
     y = frames(3, 5, 32, 1, torch.float32)
