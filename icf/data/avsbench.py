@@ -199,8 +199,9 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing; `icf data check` lists all that is") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, struct.error,
+            Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({str(error) or type(error).__name__})") from error
 
 
 def read_label(path: Path) -> np.ndarray:
