@@ -22,6 +22,7 @@ from rich.table import Table
 from .checkpoint import CONFIG, load_model, read_config, states, write_atomic
 from .config import Config, DataConfig, denoises
 from .evaluate import evaluate
+from .files import read_json
 from .paper import FIGURE_5, SCORES, TABLE_2, Scores, Sweep
 from .train import train
 
@@ -217,7 +218,7 @@ def measured(line: Line, out: Path, data: DataConfig) -> dict[int, Scores]:
 
 
 def _scores(path: Path, line: Line, data: DataConfig) -> Scores:
-    results = json.loads(path.read_text())
+    results = read_json(path)
     settings = results["settings"]
     got = {"split": results["split"], "subset": results["subset"], "toy": settings["toy"] is not None,
            "snr_db": settings["snr_db"], "frame_mix": settings["frame_mix"]}

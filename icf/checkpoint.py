@@ -9,17 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import __version__
 from .config import Config
+from .encoders.weights import first_line, require_finite
+from .files import parse_json, read_json, read_yaml
 
 CONFIG = "config.yaml"  # the resolved configuration in a run folder
 WEIGHTS = "best.safetensors"  # the name of the best weights in a run folder
 TRAINING_ONLY = "objective."  # parameters that a model built for inference does without
+OTHERS = "progress.json"  # in a training state; what Accelerate would save of others, it would unpickle with trust
 STATES = "checkpoints"  # where a run folder keeps its training states, one folder a step
 
 
@@ -80,10 +82,12 @@ def read_config(source: Path) -> Config:
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is not one of icf's.
     """
-    source = Path(source)
-    if (source / CONFIG).is_file():
-        return Config.from_dict(yaml.safe_load((source / CONFIG).read_text()))
-    return Config.from_dict(read_notes(source)["config"])
+    path = Path(source) / CONFIG
+    values = read_yaml(path) if path.is_file() else read_notes(source)["config"]
+    try:
+        return Config.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path if path.is_file() else source}: {error}") from None
 
 
 def read_notes(source: Path) -> dict:
@@ -98,9 +102,10 @@ def read_notes(source: Path) -> dict:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    if "icf" not in metadata:
+    notes = parse_json(metadata.get("icf", "null"), path)
+    if not isinstance(notes, dict) or not isinstance(notes.get("config"), dict):
         raise ValueError(f"{path} holds no icf configuration; it was not written by icf")
-    return json.loads(metadata["icf"])
+    return notes
 
 
 def load_weights(model: nn.Module, source: Path, *, strict: bool = True) -> list[str]:
@@ -123,12 +128,14 @@ def load_weights(model: nn.Module, source: Path, *, strict: bool = True) -> list
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     own = model.state_dict()
     state = {name: value for name, value in state.items() if name in own or not name.startswith(TRAINING_ONLY)}
-    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape
+               and own[name].is_floating_point() == value.is_floating_point()}
     missing = sorted(own.keys() - fitting.keys())
     if strict and (missing or len(fitting) < len(state)):
         surplus = sorted(state.keys() - fitting.keys())
-        raise ValueError(f"{path} does not fit the model: missing or of another shape {missing[:3]}, "
+        raise ValueError(f"{path} does not fit the model: missing or of another shape or type {missing[:3]}, "
                          f"surplus {surplus[:3]}")
+    require_finite(str(path), fitting)
     if not fitting:
         raise ValueError(f"{path} holds no parameter of the model")
     model.load_state_dict(fitting, strict=False)
@@ -171,8 +178,9 @@ def remove_partial(run: Path) -> None:
             path.unlink()
 
 
-def save_state(accelerator, run: Path, step: int, keep: int = 2) -> None:
-    """Write the whole training state (weights, optimiser, schedule, scaler, progress); all processes call it.
+def save_state(accelerator, run: Path, step: int, keep: int = 2, **others) -> None:
+    """Write the whole training state: weights, optimiser, scaler, and the ``state_dict`` of each of ``others``, which
+    JSON has to be able to hold; all processes call it.
 
     The ``keep`` newest states stay. A state is under its name only while it is complete.
 
@@ -185,6 +193,8 @@ def save_state(accelerator, run: Path, step: int, keep: int = 2) -> None:
     try:
         with failure_named(path):
             accelerator.save_state(str(partial))
+            if accelerator.is_main_process:
+                (partial / OTHERS).write_text(json.dumps({name: x.state_dict() for name, x in others.items()}))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and not path.exists():
             os.replace(partial, path)
@@ -196,3 +206,18 @@ def save_state(accelerator, run: Path, step: int, keep: int = 2) -> None:
             os.replace(old, partial)
             shutil.rmtree(partial)
     accelerator.wait_for_everyone()
+
+
+def load_state(accelerator, state: Path, **others) -> None:
+    """Go on from a training state of :func:`save_state`. Nothing in it is trusted: its pickles may hold tensors only.
+
+    Raises:
+        ValueError: it is damaged, or of another model.
+    """
+    try:
+        accelerator.load_state(str(state))
+        values = read_json(state / OTHERS)
+        for name, other in others.items():
+            other.load_state_dict(values[name])
+    except Exception as error:  # the readers of Accelerate and torch let errors of every kind through
+        raise ValueError(f"{state} is no training state of this model ({first_line(error)})") from error

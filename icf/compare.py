@@ -4,7 +4,6 @@ scikit-learn is imported where it computes.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,8 +21,9 @@ from .cdcl import pool
 from .checkpoint import WEIGHTS, load_model, write_atomic
 from .config import Config
 from .data import Batch, Clip, build_dataset, collate
-from .data.toy import MANIFEST
+from .data.avsbench import read_manifest
 from .evaluate import UNHEARD, Prediction, Tally, build_loader, model_predictor
+from .files import read_json
 from .masks import foreground
 from .report import (
     INK,
@@ -153,7 +153,7 @@ def read_results(source: Path, dataset: Dataset) -> tuple[dict | None, str]:
     path = (folder if dataset.split == "test" else folder / dataset.split) / "results.json"
     if not path.is_file():
         return None, "no results.json"
-    results = json.loads(path.read_text())
+    results = read_json(path)
     if (results["subset"], results["split"]) != (dataset.subset, dataset.split) or (
             [clip["name"] for clip in results["clips"]] != list(dataset.names)):
         return None, "results.json is of other clips"
@@ -218,7 +218,7 @@ def sounding(dataset: Dataset, indices: Sequence[int]) -> list[list[frozenset[st
     there are classes, else what is known to sound somewhere in the clip. Empty where it is not known, and where in the
     toy benchmark something sounds off the screen too."""
     if getattr(dataset, "groups", {}):
-        clips = {clip["name"]: clip for clip in json.loads((dataset.root / MANIFEST).read_text())["clips"]
+        clips = {clip["name"]: clip for clip in read_manifest(dataset.root)["clips"]
                  if clip["split"] == dataset.split}
         return [_in_the_picture(clips[dataset.names[index]]) for index in indices]
     if dataset.classes:

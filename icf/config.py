@@ -12,6 +12,8 @@ from typing import Literal, get_args
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from .files import read_yaml
+
 SUBSETS = ("s4", "ms3", "avss", "folder")
 Subset = Literal["s4", "ms3", "avss", "folder"]
 
@@ -387,7 +389,7 @@ class ObjectiveConfig:
         _require(1 <= sc.keep <= sc.candidates, f"{key}.sc.keep", "1 to sc.candidates", sc.keep)
         _require(denoises(sc.start, sc.ddim_steps, sc.steps), f"{key}.sc.start",
                  "a multiple of sc.ddim_steps, at most sc.steps, by strides that the schedule can take", sc.start)
-        _require(sc.dim % sc.blocks == 0 and sc.dim // sc.blocks >= 2, f"{key}.sc.blocks",
+        _require(sc.blocks >= 1 and sc.dim % sc.blocks == 0 and sc.dim // sc.blocks >= 2, f"{key}.sc.blocks",
                  "a divisor of sc.dim that leaves at least 2 dimensions", sc.blocks)
         _require(cdcl.tau > 0, f"{key}.cdcl.tau", "above 0", cdcl.tau)
 
@@ -479,8 +481,8 @@ class Config:
         require(self.model.classes >= 1, "model.classes", "at least 1", self.model.classes)
         require(self.data.subset in get_args(Subset), "data.subset", f"one of {SUBSETS}", self.data.subset)
         decoder = self.model.decoder
-        require(decoder.dim % decoder.heads == 0, "model.decoder.dim", "divisible by model.decoder.heads",
-                f"{decoder.dim} and {decoder.heads}")
+        require(decoder.heads >= 1 and decoder.dim % decoder.heads == 0, "model.decoder.dim",
+                "divisible by model.decoder.heads", f"{decoder.dim} and {decoder.heads}")
         require(decoder.head != "dense" or self.model.classes == 1, "model.decoder.head",
                 "mask2former or auto where model.classes is above 1", decoder.head)
         require(not (self.data.subset == "avss" and self.model.classes == 1), "model.classes",
@@ -503,23 +505,39 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict) -> Config:
         """The inverse of :meth:`to_dict`; raises ValueError where a key is unknown or a value of the wrong type."""
-        parser = config_parser(exit_on_error=False)
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(Config, as_group=False)
         try:
             return build_config(parser, parser.parse_object(values))
         except ArgumentError as error:
             raise ValueError(f"configuration: {error}") from None
 
 
+class ConfigFile(ActionConfigFile):
+    """jsonargparse's option of a YAML file, or text, but an error names the file."""
+
+    def __call__(self, parser, cfg, values, option_string=None):
+        file = "\n" not in values and Path(values).is_file()
+        if file:
+            read_yaml(values)  # for its errors
+        try:
+            super().__call__(parser, cfg, values, option_string)
+        except (ArgumentError, TypeError, ValueError) as error:
+            raise ArgumentError(self, f"{values}: {error}" if file else str(error)) from None
+
+
 def config_parser(**options) -> ArgumentParser:
     """A parser of every field, as `--data.size 224`, and of YAML files that hold some of them, as `--config FILE`."""
     parser = ArgumentParser(**options)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file, or text, with any of the fields below")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file, or text, with any of the fields below")
     parser.add_class_arguments(Config, as_group=False)
     return parser
 
 
 def build_config(parser: ArgumentParser, parsed: Namespace) -> Config:
     """The checked configuration of what ``parser`` has parsed."""
+    for key, default in parser.get_defaults().items():  # an empty value passes as any type, and for a whole section
+        _require(default is None or parsed.get(key) is not None, key, "a value", None)
     values = parser.instantiate(parsed)
     cfg = Config(**{field.name: values[field.name] for field in fields(Config)})
     cfg.check()

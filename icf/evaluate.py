@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,10 +30,11 @@ from .checkpoint import write_atomic
 from .config import Config
 from .data import Batch, Clip, build_dataset, collate
 from .data.audio import RESAMPLER
-from .data.avsbench import binary_mask, class_palette, read_label, semantic_mask
+from .data.avsbench import binary_mask, class_palette, read_label, read_manifest, semantic_mask
 from .data.disturb import Disturbed
-from .data.toy import MANIFEST
+from .data.folder import list_files
 from .data.transforms import resize_label
+from .files import read_json
 from .masks import class_map, foreground
 from .metrics import (
     FalsePositives,
@@ -170,7 +170,7 @@ def saved_predictor(folder: Path, classes: int, size: int) -> Predictor:
     def predict(batch: Batch) -> Prediction:
         masks = torch.zeros(batch.masks.shape, dtype=torch.uint8)
         for clip, name in enumerate(batch.names):
-            files = sorted((folder / name).glob("*.png"), key=lambda path: int(re.findall(r"\d+", path.stem)[-1]))
+            files = list_files(folder / name, (".png",))
             frames = int(batch.frame_mask[clip].sum())
             if len(files) != frames:
                 raise FileNotFoundError(f"masks: expected {frames} numbered .png files in {folder / name}, "
@@ -353,7 +353,7 @@ def _evaluate(
         for kind, other in disturbed.items():
             write_atomic(out / "pairing" / f"{kind}.json", other.save_pairing)
         if report:
-            history = json.loads((out / HISTORY).read_text()) if (out / HISTORY).is_file() else None
+            history = read_json(out / HISTORY) if (out / HISTORY).is_file() else None
             pictured = samples(predict, true_set, results, cfg.eval.threshold)
             write_report(out, results, pictured, dataset.classes, history)
         if progress:
@@ -450,7 +450,7 @@ def oracles(dataset: Dataset) -> dict:
     """J of whom segments what stands out, and of whom segments what is heard; known for the toy benchmark only."""
     if not getattr(dataset, "groups", {}):
         return {}
-    found = json.loads((dataset.root / MANIFEST).read_text())["oracles"][dataset.split]
+    found = read_manifest(dataset.root)["oracles"].get(dataset.split) or {}
     return {name: scores for name, scores in found.items() if isinstance(scores, dict)}
 
 

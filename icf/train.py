@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from .checkpoint import (
     CONFIG,
     WEIGHTS,
+    load_state,
     load_weights,
     remove_partial,
     save_state,
@@ -58,6 +59,9 @@ class Progress:
     state_dict = asdict
 
     def load_state_dict(self, state: dict) -> None:
+        for name, value in asdict(self).items():
+            if type(state[name]) is not type(value):
+                raise TypeError(f"{name}: expected {type(value).__name__}, got {type(state[name]).__name__}")
         self.__dict__.update(state)
 
 
@@ -118,11 +122,10 @@ def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
     if cfg.objective.enabled and cfg.objective.mit.enabled:
         accelerator.print(accelerator.unwrap_model(model).objective.mit.cost())
     progress = Progress()
-    accelerator.register_for_checkpointing(schedule, progress)
     if resume:
-        accelerator.load_state(str(newest_state(cfg.out)))
+        load_state(accelerator, newest_state(cfg.out), schedule=schedule, progress=progress)
     else:
-        save_state(accelerator, cfg.out, progress.step)  # from here on there is something to resume
+        save_state(accelerator, cfg.out, progress.step, schedule=schedule, progress=progress)  # something to resume
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
 
     bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
@@ -132,13 +135,13 @@ def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
             sampler.epoch = progress.epoch
             sampler.start = progress.batch * cfg.train.batch * accelerator.num_processes
             if train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, total_steps, bar, stopping):
-                save_state(accelerator, cfg.out, progress.step)
+                save_state(accelerator, cfg.out, progress.step, schedule=schedule, progress=progress)
                 raise KeyboardInterrupt(f"stopped and saved; icf train --resume {cfg.out} goes on")
             progress.epoch, progress.batch = progress.epoch + 1, 0
             finished = progress.epoch >= epochs or progress.step >= total_steps
             if finished or (cfg.train.evaluate_every and progress.epoch % cfg.train.evaluate_every == 0):
                 validation(accelerator, model, val_set, cfg, progress)
-            save_state(accelerator, cfg.out, progress.step)
+            save_state(accelerator, cfg.out, progress.step, schedule=schedule, progress=progress)
     return finish(accelerator, model, cfg)
 
 
@@ -240,7 +243,7 @@ def train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, 
         if (due or accelerator.num_processes == 1) and stopping():
             return True
         if cfg.train.save_every and progress.step % cfg.train.save_every == 0:
-            save_state(accelerator, cfg.out, progress.step)
+            save_state(accelerator, cfg.out, progress.step, schedule=schedule, progress=progress)
     return False
 
 

@@ -57,7 +57,7 @@ ICF_SIMD void direction_rows(const T* z, T* out, uint64_t seed, int64_t k, int64
       if (row == 0 && c0 > 0) {
         for (int b = 0; b < B; ++b) lane[b] = -lane[b];
       }
-      T* y = out + (i * k + row - 1) * d;
+      T* y = row ? out + (i * k + row - 1) * d : nullptr;
       for (int64_t j = 0; j < d; j += B) {
         const A sign = hadamard_negative(index, uint32_t(j)) ? A(-1) : A(1);
 #pragma omp simd

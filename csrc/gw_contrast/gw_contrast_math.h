@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if defined(__CUDACC__)
@@ -217,9 +218,11 @@ ICF_INLINE void jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
 
 // f(sigma) and f'(sigma) / sigma for the squared singular value `square`.
 template <typename V>
-ICF_INLINE void spectral_term(Spectral spectral, const V& square, const V& rank_cut, const V& r, V& value, V& weight) {
+ICF_INLINE void spectral_term(Spectral spectral, const V& square, const V& rank_cut, const V& width, V& value,
+                              V& weight) {
   using S = lane_t<V>;
-  const V zero = V{}, one = zero + S(1);
+  const V zero = V{}, one = zero + S(1), top = zero + std::numeric_limits<S>::max();
+  const V r = width < top ? width : top;  // infinite beside a cross term of about 0, where r log1p(0) is to be 0
   if (spectral == Spectral::plain) {
     const V sigma = square_root<V>(square);
     const auto kept = sigma > rank_cut;

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
+import struct
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
@@ -25,25 +27,50 @@ SILENCE = math.log(OFFSET)
 
 ZEROS, ROLLOFF, BETA = 64, 0.9475937167399596, 14.769656459379492
 RESAMPLER = f"Kaiser-windowed sinc, {ZEROS} zero crossings, roll-off {ROLLOFF:.4f}, beta {BETA:.2f}"
+RATES = 4000, 768_000  # Hz, beyond which the header of a file is not believed
+LOUDEST = 2.0**16  # sample beyond which a file of floating point numbers is not believed; full scale is 1
+MAX_SAMPLES = 2**28  # of a sound that is read as a whole: 1 GiB, 93 minutes at 48 kHz
+BLOCK = 2**16  # samples read at a time
 MAX_PICKLE = 16 * 2**20  # bytes; the distributed files have 0.12 MB
 
 
 def load_wav(path: Path | str) -> tuple[Tensor, int]:
     """Sound of a file as (float32 [n] in [-1,1], rate in Hz); 16-bit samples are divided by 32768, channels averaged.
 
-    Raises FileNotFoundError where there is no such file and ValueError where it holds no sound.
+    Raises FileNotFoundError where there is no such file and ValueError where it holds no sound, or one of absurd
+    length, rate or samples.
     """
     import soundfile
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such sound file")
+    pieces = []
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:  # by blocks: the length in its header may be a lie
+            rate = file.samplerate
+            while len(block := file.read(BLOCK, "float32", always_2d=True)) and len(pieces) <= MAX_SAMPLES // BLOCK:
+                pieces.append(torch.from_numpy(block).mean(dim=1))
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path}: not a readable sound file ({error})") from error
-    if not len(samples):
+    if not pieces:
         raise ValueError(f"{path}: the sound file is empty")
-    return torch.from_numpy(samples).mean(dim=1), rate
+    waveform = torch.cat(pieces)
+    if len(waveform) > MAX_SAMPLES:
+        raise ValueError(f"{path}: the sound is longer than {MAX_SAMPLES} samples; cut it into clips")
+    if not RATES[0] <= rate <= RATES[1]:
+        raise ValueError(f"{path}: expected a rate of {RATES[0]} to {RATES[1]} Hz, got {rate}")
+    if not (waveform.abs() <= LOUDEST).all():
+        raise ValueError(f"{path}: holds values that are not finite, or beyond {LOUDEST:.0f} times full scale")
+    return waveform, rate
+
+
+def read_waveform(path: Path | str) -> Tensor:
+    """Sound of a file at 16 kHz, float32 [n]. Raises as `load_wav`, and for a rate that `resample` refuses."""
+    waveform, rate = load_wav(path)
+    try:
+        return resample(waveform, rate)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 @lru_cache(maxsize=8)
@@ -159,10 +186,12 @@ def load_log_mel(path: Path | str) -> Tensor:
         raise FileNotFoundError(f"{path}: no such log-mel file")
     if path.stat().st_size > MAX_PICKLE:
         raise ValueError(f"{path}: expected a log-mel file of at most {MAX_PICKLE} bytes, got {path.stat().st_size}")
+    data = path.read_bytes()
     try:
-        examples = _TensorUnpickler(io.BytesIO(path.read_bytes())).load()
+        _check_places(data)
+        examples = _TensorUnpickler(io.BytesIO(data)).load()
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError,
-            UnicodeError, OverflowError, MemoryError, ImportError) as error:
+            AssertionError, OverflowError, ImportError, struct.error) as error:
         raise ValueError(f"{path}: not a pickled tensor ({error})") from error
     if not isinstance(examples, Tensor) or examples.shape[1:] != (1, EXAMPLE, BANDS) or not len(examples):
         got = list(examples.shape) if isinstance(examples, Tensor) else type(examples).__name__
@@ -171,6 +200,13 @@ def load_log_mel(path: Path | str) -> Tensor:
     if not examples.isfinite().all():
         raise ValueError(f"{path}: log-mel values are not finite")
     return examples
+
+
+def _check_places(data: bytes) -> None:
+    """Refuse a place in the unpickler's memory beyond what the file can fill: all places before it would be made."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if "PUT" in opcode.name and not 0 <= argument <= len(data):
+            raise pickle.UnpicklingError(f"{opcode.name} {argument} is not part of a tensor")
 
 
 class _TensorUnpickler(pickle.Unpickler):
@@ -184,7 +220,10 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def _storage(data: bytes) -> torch.TypedStorage:
-    """What `torch.storage._load_from_bytes` does, but without trust in `data`."""
+    """What `torch.storage._load_from_bytes` does, but without trust in `data`; what a tensor is pickled to is no zip
+    archive, whose entries could be much larger than the file."""
+    if data.startswith(b"PK"):
+        raise pickle.UnpicklingError("a zip archive is not part of a tensor")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
@@ -192,7 +231,8 @@ def _tensor(storage, offset, size, stride, *_) -> Tensor:
     """What `torch._utils._rebuild_tensor_v2` does, without gradients, hooks and growth of the storage."""
     flat = torch.empty(0, dtype=storage.dtype).set_(storage)
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if offset < 0 or min(size, default=1) < 0 or min(stride, default=0) < 0 or last >= len(flat):
+    if offset < 0 or min(size, default=1) < 0 or min(stride, default=0) < 0 or last >= len(flat) or (
+            math.prod(size) > MAX_PICKLE):
         raise pickle.UnpicklingError("the tensor reaches beyond its storage")
     return torch.as_strided(flat, size, stride, offset)
 

@@ -1,8 +1,6 @@
 """AVSBench as people have it on disk: S4 (single source), MS3 (multiple sources) and AVSS (semantic)."""
 from __future__ import annotations
 
-import csv
-import json
 import mmap
 import struct
 from collections import Counter
@@ -19,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from icf.data import IGNORE, Clip
-from icf.data.audio import RATE, fit_examples, load_log_mel, load_wav, log_mel_examples, resample
+from icf.data.audio import RATE, fit_examples, load_log_mel, log_mel_examples, read_waveform
 from icf.data.transforms import combo, flip, resize_frame, resize_label
+from icf.files import read_csv, read_json
 
 if TYPE_CHECKING:
     from icf.config import DataConfig
@@ -31,6 +30,10 @@ METADATA = {"s4": "s4_meta_data.csv", "ms3": "ms3_meta_data.csv", "avss": "metad
 COLUMNS = {"s4": ("name", "start_time(s)", "category", "split"), "ms3": ("name", "split"),
            "avss": ("vid", "uid", "s_min", "s_sec", "a_obj", "split", "label")}
 SECONDS = {"s4": 5, "ms3": 5, "v1s": 5, "v1m": 5, "v2": 10}
+PATHS = ("name", "category", "uid", "split", "label")  # columns that are parts of paths
+MANIFEST = "toy_manifest.json"  # of the toy benchmark
+PICTURES = ("PNG", "JPEG", "BMP", "WEBP")  # Pillow's decoders of many more formats see less use
+SLIMMEST = 100  # long edge of a picture by its short one
 CACHE_LIMIT = 2**30  # bytes of each kind of array that a data set keeps in memory
 
 
@@ -71,11 +74,9 @@ def find_root(root: Path | str, subset: str) -> Path:
 
 def read_metadata(folder: Path, subset: str) -> list[dict[str, str]]:
     """Rows of the metadata by the names of `COLUMNS`, spaces trimmed. A file without these names in its first line is
-    read by position. Raises ValueError where a row has too few values."""
+    read by position. Raises ValueError where a row has too few values, or one that leads out of the data set."""
     path, columns = folder / METADATA[subset], COLUMNS[subset]
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        lines = [[cell.strip() for cell in line] for line in csv.reader(file)]
-    lines = [line for line in lines if any(line)]
+    lines = read_csv(path)
     if not lines:
         raise ValueError(f"{path}: the file is empty")
     header = ["start_time(s)" if cell.lower().startswith("start") else cell.lower() for cell in lines[0]]
@@ -87,8 +88,19 @@ def read_metadata(folder: Path, subset: str) -> list[dict[str, str]]:
     for number, line in enumerate(lines, start=1):
         if len(line) < len(header):
             raise ValueError(f"{path}: row {number} has {len(line)} values, expected {', '.join(header)}")
-        rows.append(dict(zip(header, line, strict=False)))
+        row = dict(zip(header, line, strict=False))
+        for column in PATHS:
+            if column in row and not is_file_name(row[column]):
+                raise ValueError(f"{path}: row {number}: {column} must do as a file name, got {row[column][:60]!r}")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: names no clip")
     return rows
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a file or folder can have this name, with an ending, and lies where it seems to."""
+    return text not in ("", ".", "..") and len(text.encode()) <= 200 and text.isprintable() and not {*text} & {*"/\\"}
 
 
 def read_index(folder: Path, subset: str) -> list[Record]:
@@ -134,19 +146,35 @@ def _semantic_record(folder: Path, row: dict[str, str], ambiguous: bool) -> Reco
 
 def read_classes(folder: Path) -> list[str]:
     """Class names in the order of their indices, from AVSS' `label2idx.json`. Raises ValueError unless background is 0
-    and the indices have no gap, as in a copy that is known to start at 1."""
+    and the indices, of which a mask holds 255, have no gap, as in a copy that is known to start at 1."""
     path = folder / "label2idx.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, it numbers the classes of AVSS")
-    numbers = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(numbers, dict) or not all(isinstance(number, int) for number in numbers.values()):
+    numbers = read_json(path)
+    if not isinstance(numbers, dict) or not numbers or not all(isinstance(n, int) for n in numbers.values()):
         raise ValueError(f"{path}: expected an object of class names with their indices")
     names = sorted(numbers, key=numbers.get)
     if numbers.get("background") != 0 or [numbers[name] for name in names] != list(range(len(names))):
         raise ValueError(f"{path}: expected background 0 and indices without gap, got background "
                          f"{numbers.get('background')} and {min(numbers.values())}..{max(numbers.values())} "
                          f"for {len(names)} names")
+    if len(names) > IGNORE:
+        raise ValueError(f"{path}: expected at most {IGNORE} classes, got {len(names)}")
     return names
+
+
+def read_manifest(folder: Path) -> dict:
+    """What the toy benchmark says of itself: `oracles` by split, `clips`, and what they were made by. Raises
+    FileNotFoundError, or ValueError where the file was not written by `icf.data.toy`."""
+    path = folder / MANIFEST
+    found = read_json(path)
+    manifest = {"oracles": {}, "clips": [], **found} if isinstance(found, dict) else {"oracles": None, "clips": None}
+    fields = ("name", "group", "split")
+    if not isinstance(manifest["oracles"], dict) or not isinstance(manifest["clips"], list) or not all(
+            isinstance(clip, dict) and all(isinstance(clip.get(key), str) for key in fields)
+            for clip in manifest["clips"]):
+        raise ValueError(f"{path}: expected what icf data toy writes; delete the folder to have it written again")
+    return manifest
 
 
 def class_palette(classes: int) -> np.ndarray:
@@ -162,14 +190,18 @@ def class_palette(classes: int) -> np.ndarray:
 
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image]:
-    """An opened picture, decoded when its pixels are used. Raises FileNotFoundError, or ValueError for a broken one."""
+    """An opened picture, decoded when its pixels are used. Raises FileNotFoundError, or ValueError for one that is
+    broken, of more pixels than Pillow finds safe, or so slim that squaring it by its short edge would take GB."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=PICTURES) as image:
+            if max(image.size) > SLIMMEST * min(image.size) or image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels")
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing; `icf data check` lists all that is") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, struct.error,
+            Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({str(error) or type(error).__name__})") from error
 
 
 def read_label(path: Path) -> np.ndarray:
@@ -190,10 +222,9 @@ def semantic_mask(values: np.ndarray, classes: int, path: Path) -> np.ndarray:
     """A label of class indices as [H,W] uint8. Raises ValueError for several channels or an index that is no class."""
     if values.ndim != 2:
         raise ValueError(f"{path}: expected one channel of class indices, got {values.shape[2]} channels")
-    values = values.astype(np.uint8)
     if (highest := values.max(initial=0, where=values != IGNORE)) >= classes:
         raise ValueError(f"{path}: expected class indices below {classes}, got {highest}")
-    return values
+    return values.astype(np.uint8)
 
 
 class Memory:
@@ -286,8 +317,7 @@ class AVSBench(torch.utils.data.Dataset):
 
     @property
     def groups(self) -> dict[str, str]:
-        path = self.root / "toy_manifest.json"
-        clips = json.loads(path.read_text())["clips"] if path.is_file() else []
+        clips = read_manifest(self.root)["clips"] if (self.root / MANIFEST).is_file() else []
         return {clip["name"]: clip["group"] for clip in clips if clip["split"] == self.split}
 
     def set_epoch(self, epoch: int) -> None:
@@ -317,8 +347,8 @@ class AVSBench(torch.utils.data.Dataset):
             rows = read_metadata(find_root(self.root.parent, "avss"), "avss")
         except FileNotFoundError:
             rows = []
-        objects = {row["uid"]: frozenset(row["a_obj"].replace("off-the-screen", "").split("_")) - {"", "background"}
-                   for row in rows if row["label"] == "v1m"}
+        objects = {row["uid"]: frozenset(row.get("a_obj", "").replace("off-the-screen", "").split("_"))
+                   - {"", "background"} for row in rows if row["label"] == "v1m"}
         return [objects.get(name, frozenset()) for name in self.names]
 
     def frame_path(self, index: int, t: int) -> Path:
@@ -326,7 +356,7 @@ class AVSBench(torch.utils.data.Dataset):
 
     def waveform(self, index: int) -> tuple[Tensor, int]:
         """The sound of a clip: float32 [n] and its rate, always 16000 Hz."""
-        return resample(*load_wav(self.records[index].sound)), RATE
+        return read_waveform(self.records[index].sound), RATE
 
     def with_audio(self, index: int, waveform: Tensor) -> Clip:
         """A clip with another sound, [n] at 16 kHz, through the front end of all clips."""
@@ -349,7 +379,7 @@ class AVSBench(torch.utils.data.Dataset):
                     None if self._captions is None else self._captions[index])
 
     def _replaced_examples(self, index: int) -> Tensor:
-        return self._examples(index, resample(*load_wav(self._sounds[index])))
+        return self._examples(index, read_waveform(self._sounds[index]))
 
     def _examples(self, index: int, waveform: Tensor | None = None) -> Tensor:
         """[T,1,96,64]: as many examples as there are frames, completed as the subset wants it, then zeros."""
@@ -411,9 +441,9 @@ def read_captions(path: Path, names: list[str]) -> list[tuple[str, ...]]:
     if not path.is_file():
         raise FileNotFoundError(f"{expected}; there is no file {path}")
     try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
+        captions = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{expected}; {path} is not JSON ({error})") from error
+        raise ValueError(f"{expected}; {error}") from None
     lacking = [name for name in names if name not in captions] if isinstance(captions, dict) else names
     if lacking:
         raise ValueError(f"{expected}; {path} lacks {len(lacking)} of {len(names)} clips, the first is {lacking[0]!r}")

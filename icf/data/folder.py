@@ -26,16 +26,18 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import soundfile
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from icf.data import Clip
 from icf.data.audio import RATE
-from icf.data.avsbench import SPLITS, AVSBench, Record, read_classes
+from icf.data.avsbench import SPLITS, AVSBench, Record, is_file_name, open_picture, read_classes
 from icf.data.video import open_video, read_sound
+from icf.files import read_csv, read_text
 
 METADATA = "clips.csv"
 MOMENT = Fraction(15, 16)  # of its second at which a frame is taken, as in AVSBench
+SLOWEST, FASTEST = Fraction(1, 60), 1000  # pictures a second
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".m4a")
 
@@ -92,19 +94,17 @@ def list_files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
     if not folder.is_dir():
         return []
     files = (path for path in folder.iterdir() if path.suffix.lower() in endings and not path.name.startswith("."))
-    return sorted(files, key=lambda path: [int(part) if part.isdigit() else part for part in _NUMBER.split(path.name)])
+    return sorted(files, key=lambda path: [int(part) if place % 2 else part
+                                           for place, part in enumerate(_NUMBER.split(path.name))])
 
 
 _NUMBER = re.compile(r"(\d+)", re.ASCII)
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """[height, width, 3] uint8 RGB. Raises ValueError, naming the file, where it is no picture."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+    """[height, width, 3] uint8 RGB. Raises as `open_picture`."""
+    with open_picture(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 class FolderDataset(AVSBench):
@@ -144,18 +144,19 @@ def read_clips(root: Path) -> list[Record]:
     path = root / METADATA
     if not path.is_file():
         raise FileNotFoundError(f"data.root: no own clips here, expected {path}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [{key.strip(): (value or "").strip() for key, value in row.items() if key} for row in
-                csv.DictReader(file, skipinitialspace=True)]
+    header, *lines = read_csv(path) or [[]]
     records: dict[str, Record] = {}
-    for number, row in enumerate(rows, start=1):
-        name, split, fps = row.get("name"), row.get("split"), row.get("fps") or "1"
-        if not name or split not in SPLITS:
-            raise ValueError(f"{path}: row {number}: expected a name and a split of {SPLITS}, got {name!r}, {split!r}")
+    for number, line in enumerate(lines, start=1):
+        row = dict(zip(header, line, strict=False))
+        name, split, fps = row.get("name", ""), row.get("split", ""), row.get("fps") or "1"
+        if not is_file_name(name) or split not in SPLITS:
+            raise ValueError(f"{path}: row {number}: expected a name and a split of {SPLITS}, got {name[:60]!r}, "
+                             f"{split[:60]!r}")
         if name in records:
             raise ValueError(f"{path}: row {number}: {name!r} is named twice")
-        if not re.fullmatch(r"\d+(\.\d*)?|\d+/[1-9]\d*", fps) or not Fraction(fps):
-            raise ValueError(f"{path}: row {number}: expected an fps such as 25, 29.97 or 30000/1001, got {fps!r}")
+        known = re.fullmatch(r"\d{1,9}(\.\d{,9})?|\d{1,9}/[1-9]\d{,8}", fps, re.ASCII)
+        if not known or not SLOWEST <= Fraction(fps) <= FASTEST:
+            raise ValueError(f"{path}: row {number}: expected an fps such as 25, 29.97 or 30000/1001, got {fps[:60]!r}")
         records[name] = _record(root / name, name, split, Fraction(fps), row.get("category", ""))
     return list(records.values())
 
@@ -206,7 +207,7 @@ def import_clip(root: Path, video: Path, split: str, labels: Path | None = None,
         raise ValueError(f"name: expected a new file name below {root}, got {name!r}")
     source = open_video(video, silent_ok)
     found = list_files(Path(labels), (".png",)) if labels else []
-    masks = {int(path.stem): path for path in found if path.stem.isdigit()}
+    masks = {int(path.stem): path for path in found if path.stem.isdecimal()}
     if labels and not masks:
         raise ValueError(f"labels: expected PNG files named by their second in {labels}")
     root.mkdir(parents=True, exist_ok=True)
@@ -231,8 +232,8 @@ def import_clip(root: Path, video: Path, split: str, labels: Path | None = None,
 
 def _append(path: Path, row: dict[str, str]) -> None:
     """Add a row to a CSV file, which is replaced as a whole; columns that the file lacks are left out."""
-    text = path.read_text(encoding="utf-8-sig") if path.is_file() else ",".join(row) + "\n"
-    header = [cell.strip() for cell in next(csv.reader(text.splitlines()))]
+    rows = read_csv(path) if path.is_file() else []
+    text, header = (read_text(path), rows[0]) if rows else (",".join(row) + "\n", list(row))
     line = io.StringIO()
     csv.DictWriter(line, header, extrasaction="ignore", lineterminator="\n").writerow(row)
     partial = path.with_name(f".{path.name}.partial")

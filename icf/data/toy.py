@@ -36,13 +36,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from icf.data.audio import OFFSET, RATE, fit_examples, log_mel_examples, resample
-from icf.data.avsbench import class_palette
+from icf.data.avsbench import MANIFEST, class_palette, read_manifest
 
 if TYPE_CHECKING:
     from icf.config import ToyConfig
 
 VERSION = 1
-MANIFEST = "toy_manifest.json"
 SPLITS = ("train", "val", "test")
 CLASSES = ("cross", "disc", "ring", "square", "star", "triangle")  # alphabetical, as in AVSBench-semantic
 FOLDERS = {"s4": "Single-source", "ms3": "Multi-sources", "avss": "AVSBench_semantic"}
@@ -661,9 +660,10 @@ def _exists(root: Path, subset: str, settings: Settings) -> bool:
         raise FileExistsError(f"{folder} is there already and is no toy benchmark: choose another root, or read it "
                               "as it is by leaving data.toy unset")
     found = load_manifest(root, subset)
-    if (found["version"], Settings(**found["settings"])) != (VERSION, settings):
-        raise FileExistsError(f"{folder} holds a toy benchmark of version {found['version']} with {found['settings']}, "
-                              f"not of version {VERSION} with {asdict(settings)}: choose another root or delete it")
+    version, made_with = found.get("version"), found.get("settings")
+    if (version, made_with) != (VERSION, json.loads(json.dumps(asdict(settings)))):  # JSON knows no tuples
+        raise FileExistsError(f"{folder} holds a toy benchmark of version {version} with {made_with}, not of version "
+                              f"{VERSION} with {asdict(settings)}: choose another root or delete it")
     return True
 
 
@@ -712,8 +712,8 @@ def _progress(items: Iterator[dict], total: int, title: str, show: bool) -> Iter
 
 
 def load_manifest(root: Path | str, subset: str) -> dict:
-    """The manifest that `generate` wrote. Raises FileNotFoundError where there is none."""
-    return json.loads((Path(root) / FOLDERS[subset] / MANIFEST).read_text())
+    """The manifest that `generate` wrote. Raises FileNotFoundError where there is none, ValueError for another file."""
+    return read_manifest(Path(root) / FOLDERS[subset])
 
 
 def ensure(root: Path | str, subset: str, toy: ToyConfig) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 import av
@@ -18,6 +18,8 @@ import numpy as np
 from av.stream import Disposition
 
 SOUND_RATE = 16000
+LONGEST = 24 * 3600  # seconds, beyond which time stamps are not believed
+MAX_PIXELS = 2**26  # of a picture: twice those of 8K
 SOUND_JUMP = Fraction(1, 20)  # seconds between two pieces of sound from which the time stamps are believed: a gap
 COLOURS = {1: "ITU709", 4: "FCC", 7: "SMPTE240M"}  # by FFmpeg's number, which older PyAV overlook
 COPIED_SOUND = {"aac", "mp3", "mp3float", "ac3", "eac3", "opus", "flac", "alac"}  # what players accept inside an mp4
@@ -118,7 +120,7 @@ def read_sound(path: Path, start: Fraction | float = 0) -> Iterator[np.ndarray]:
         for frame in chain(container.decode(container.streams.audio[0]), [None]):
             pieces, time, now = [], clock, None
             if frame is not None:
-                time = clock if frame.pts is None else _time(frame)
+                time = clock if frame.pts is None else _within(_time(frame), start, path)
                 now = (frame.format.name, frame.layout.name, frame.sample_rate)
             if resampler is not None and (now != coding or time - clock > SOUND_JUMP):
                 pieces += _resampled(resampler, None)
@@ -127,11 +129,14 @@ def read_sound(path: Path, start: Fraction | float = 0) -> Iterator[np.ndarray]:
                 if resampler is None:
                     resampler, coding = av.AudioResampler("fltp", frame.layout, SOUND_RATE), now
                     samples = round((time - clock) * SOUND_RATE)
-                    pieces.append(np.zeros(max(samples, 0), np.float32))
+                    pieces += repeat(np.zeros(SOUND_RATE, np.float32), max(samples, 0) // SOUND_RATE)
+                    pieces.append(np.zeros(max(samples, 0) % SOUND_RATE, np.float32))
                     surplus += max(-samples, 0)
                 pieces += _resampled(resampler, frame)
                 clock = time + Fraction(frame.samples, frame.sample_rate)
             for piece in pieces:
+                if not np.isfinite(piece).all():
+                    raise ValueError(f"{path}: holds sound that is not finite")
                 if len(piece) > surplus:
                     yield piece[surplus:]
                 surplus = max(surplus - len(piece), 0)
@@ -201,8 +206,9 @@ def _opened(path: Path):
 
 def _picture_stream(container, path: Path):
     for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:  # the cover of a sound file
+        if stream.codec_context and not stream.disposition & Disposition.attached_pic:  # the cover of a sound file
             stream.thread_type = "AUTO"
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             return stream
     raise ValueError(f"{path}: no video stream")
 
@@ -222,6 +228,7 @@ def _decoded(path: Path) -> Iterator[tuple[Fraction, av.VideoFrame, tuple[int, i
             last = time
             if start is None:
                 start, size = time, (frame.width, frame.height)
+            _within(time, start, path)
             yield time - start, frame, size, step
         if start is None:
             raise ValueError(f"{path}: the video stream holds no picture")
@@ -243,6 +250,12 @@ def _rate(stream) -> Fraction:
 
 def _time(frame) -> Fraction | None:
     return None if frame.pts is None else frame.pts * Fraction(frame.time_base)
+
+
+def _within(time: Fraction, start: Fraction, path: Path) -> Fraction:
+    if time - start > LONGEST:
+        raise ValueError(f"{path}: its time stamps reach {float(time - start):.0f} s, beyond the limit of {LONGEST} s")
+    return time
 
 
 def _upright(frame: av.VideoFrame, size: tuple[int, int] | None = None) -> np.ndarray:

@@ -6,7 +6,6 @@ embedding puts the learnable vectors where ``*`` stands. Ids, positions, masks a
 from __future__ import annotations
 
 import copy
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from icf.encoders.weights import first_line, read_weights
+from icf.encoders.weights import first_line, read_weights, require_finite
+from icf.files import read_json
 
 TEMPLATES = {"video": "a video of *", "segment": "a segment of *", "frame": "a frame of *", "audio": "an audio of *"}
 SLOT = "*"          # known to CLIP and RoBERTa: X-CLIP pools at the largest id, so no new token will do
@@ -45,7 +45,8 @@ class TextTower(nn.Module):
 
     Args:
         net: token ids and attention mask [n,L] to features [n,out], with its token `embedding` and `out` as attributes.
-        tokenizer: `ids(text)`, `word(text)` (without the marks of begin and end), `is_slot(id)` and `pad`.
+        tokenizer: `ids(text)`, `word(text)` (without the marks of begin and end), `is_slot(id)`, and the ids `pad` and
+            `largest`.
         templates: those that `forward` knows by number; each holds one `*`.
 
     Attributes:
@@ -158,6 +159,9 @@ def text_tower(kind: str, weights: str | nn.Module = "default", dtype: torch.dty
         net, tokenizer = _laion(weights, key)
     else:
         net, tokenizer = _from_transformers(kind, weights, key)
+    require_finite(f"{key}: {weights}", dict(net.named_parameters()))
+    if tokenizer.largest >= net.embedding.num_embeddings:
+        raise ValueError(f"{key}: {weights} has {net.embedding.num_embeddings} tokens, its tokeniser more")
     return TextTower(net.to(dtype), tokenizer, templates)
 
 
@@ -189,6 +193,7 @@ class HubTokenizer:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.pad: int = tokenizer.pad_token_id
+        self.largest: int = max(tokenizer.get_vocab().values())
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, truncation=True, max_length=CONTEXT)["input_ids"]
@@ -204,8 +209,8 @@ def _from_transformers(kind: str, weights: str, key: str) -> tuple[ProjectedText
     transformers = _transformers(kind, key)
     folder = _folder(weights, MODEL_FILES, key)
     try:
-        family = json.loads((folder / "config.json").read_text())["model_type"].split("_")[0]   # clip_text_model: clip
-    except (ValueError, KeyError, TypeError) as error:
+        family = read_json(folder / "config.json")["model_type"].split("_")[0]      # clip_text_model: clip
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{key}: {weights} has no config.json of a transformers model") from error
     if family != kind:
         raise ValueError(f"{key}: {weights} holds a model of type {family}, expected {kind}")
@@ -315,7 +320,7 @@ def _laion(weights: str | nn.Module, key: str) -> tuple[ProjectedText, HubTokeni
         head = nn.Sequential(*(_linear(projection, place) for place in (0, 2)))
         head.insert(1, nn.ReLU())
         head.load_state_dict(projection)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"{key}: {weights} holds something other than a CLAP of LAION with RoBERTa "
                          f"({first_line(error)})") from error
     return ProjectedText(model, head), HubTokenizer(tokenizer)
@@ -401,6 +406,7 @@ class HashTokenizer:
     """Lower-case words to one of HashNet's buckets; 0 pads, 1 ends every text, and 2 is the slot."""
 
     pad = 0
+    largest = HashNet.BUCKETS - 1
 
     def ids(self, text: str) -> list[int]:
         return [*self.word(text)[:CONTEXT - 1], 1]

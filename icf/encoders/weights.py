@@ -13,7 +13,7 @@ def read_weights(key: str, path: str) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of tensors; a torch file may hold nothing else, or all of them under `state_dict`.
+        ValueError: not a file of finite tensors; a torch file may hold nothing else, or all of them under `state_dict`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{key}: there is no file {str(path)!r}")
@@ -22,9 +22,22 @@ def read_weights(key: str, path: str) -> dict[str, Tensor]:
     except Exception as error:
         raise ValueError(f"{key}: {path} cannot be read as weights ({first_line(error)})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(n, str) and _is_plain(x) for n, x in state.items()):
         raise ValueError(f"{key}: {path} holds something other than named tensors")
+    require_finite(f"{key}: {path}", state)
     return state
+
+
+def require_finite(what: str, state: dict[str, Tensor]) -> None:
+    """Raise ValueError where `what`, which holds these tensors, has values that are not finite."""
+    for name, value in state.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise ValueError(f"{what} holds values that are not finite, in {name} first")
+
+
+def _is_plain(value: object) -> bool:
+    """A tensor with values, and no sparse or quantised one."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.is_cpu and not value.is_quantized
 
 
 def first_line(error: Exception) -> str:

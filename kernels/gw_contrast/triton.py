@@ -191,7 +191,7 @@ def _pairs_kernel(x_mean_ptr, y_mean_ptr, x_trace_ptr, y_trace_ptr, a_ptr, v_ptr
             total += 2 * square / (root + width)
             weight = 2 / root
         else:
-            width = regularization * scale
+            width = tl.minimum(regularization * scale, 3e38)  # infinite beside a cross term of about 0
             both = tl.sqrt(4 * square + width * width) + width
             u = 4 * square / both
             z = u / (2 * width)

@@ -1,0 +1,61 @@
+"""Files of text that users bring along: what they hold, or one error that names the file."""
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import yaml
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text, with or without a byte order mark. Raises FileNotFoundError, or ValueError for other bytes."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error})") from None
+
+
+def read_json(path: Path) -> object:
+    """Raises FileNotFoundError, or ValueError for what is not JSON."""
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, name: Path | str) -> object:
+    """The values of a text, which an error calls `name`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: is not JSON ({error})") from None
+
+
+def read_yaml(path: Path) -> dict:
+    """Plain values by name. Raises FileNotFoundError, or ValueError for what is not YAML, or something else in it."""
+    text = read_text(path)
+    try:
+        values = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # of odd tags, too
+        raise ValueError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected values by name, got {type(values).__name__}")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases: in a few lines they stand for more values than fit into any memory."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    """The rows that are not empty, spaces trimmed. Raises FileNotFoundError, or ValueError for what is not CSV."""
+    lines = csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
+    try:
+        rows = [[cell.strip() for cell in line] for line in lines]
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {lines.line_num} is not CSV ({error})") from None
+    return [row for row in rows if any(row)]
