@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& vectors, double rank_tol, doubl
   Tensor q = new_result(vectors, shape, type);
   shape.back() = n;
   if (!keep_l) shape = {0};
-  Tensor l = torch::stable::new_empty(vectors, shape, type);
+  Tensor l = allocate(vectors, shape, type);
   dispatch_floating(vectors.scalar_type(), "gram_schmidt", [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
@@ -181,7 +181,7 @@ Tensor backward(const Tensor& grad, const Tensor& q, const Tensor& l) {
   const int64_t n = q.size(-2), d = q.size(-1), batch = n * d ? q.numel() / (n * d) : 0;
   STD_TORCH_CHECK(l.numel() * d == q.numel() * n && l.scalar_type() == q.scalar_type(),
                   "l must be [*, n, n] and of the dtype of q");
-  Tensor out = torch::stable::empty_like(q);
+  Tensor out = allocate(q, q.sizes());
   prefer_huge_pages(out);
   dispatch_floating(q.scalar_type(), "gram_schmidt_backward", [&](auto zero) {
     using A = acc_t<decltype(zero)>;

@@ -10,7 +10,7 @@
 namespace icf {
 
 inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, torch::headeronly::ScalarType type) {
-  Tensor result = torch::stable::new_empty(like, shape, type);
+  Tensor result = allocate(like, shape, type);
   prefer_huge_pages(result);
   return result;
 }

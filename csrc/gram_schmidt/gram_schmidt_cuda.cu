@@ -94,10 +94,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& vectors, double rank_tol, doubl
   const int64_t n = vectors.size(-2), d = vectors.size(-1);
   const auto type = wide(vectors.scalar_type());
   std::vector<int64_t> shape(vectors.sizes().begin(), vectors.sizes().end());
-  Tensor q = torch::stable::new_empty(vectors, shape, type);
+  Tensor q = allocate(vectors, shape, type);
   shape.back() = n;
   if (!keep_l) shape = {0};
-  Tensor l = torch::stable::new_empty(vectors, shape, type);
+  Tensor l = allocate(vectors, shape, type);
   if (vectors.numel() == 0) return {q, l};
   const DeviceGuard guard(vectors.get_device_index());
   dispatch_floating(vectors.scalar_type(), "gram_schmidt", [&](auto zero) {
@@ -122,7 +122,7 @@ Tensor backward(const Tensor& grad, const Tensor& q, const Tensor& l) {
   const int64_t n = q.size(-2), d = q.size(-1);
   STD_TORCH_CHECK(l.numel() * d == q.numel() * n && l.scalar_type() == q.scalar_type() && l.device() == q.device(),
                   "l must be [*, n, n], of the dtype and on the device of q");
-  Tensor out = torch::stable::empty_like(q);
+  Tensor out = allocate(q, q.sizes());
   if (q.numel() == 0) return out;
   const DeviceGuard guard(q.get_device_index());
   dispatch_floating(q.scalar_type(), "gram_schmidt_backward", [&](auto zero) {

@@ -219,7 +219,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const T
                                     std::vector<int64_t> options) {
   const BlendOptions o = check_blend(z, ratio, noise, options);
   check_blend_grad(grad, z, ratio, o);
-  Tensor grad_z = torch::stable::empty_like(z), grad_ratio = torch::stable::empty_like(ratio);
+  Tensor grad_z = allocate(z, z.sizes()), grad_ratio = allocate(ratio, ratio.sizes());
   prefer_huge_pages(grad_z);
   dispatch_floating(z.scalar_type(), "orthogonal_blend_backward", [&](auto zero) {
     using T = decltype(zero);

@@ -252,7 +252,7 @@ Tensor forward(const Tensor& z, const Tensor& ratio, const Tensor& noise, std::v
   Options o = check(z, ratio, noise, options);
   std::vector<int64_t> shape(ratio.sizes().begin(), ratio.sizes().end());
   shape.push_back(o.d);
-  Tensor out = torch::stable::new_empty(z, shape);
+  Tensor out = allocate(z, shape);
   if (out.numel() == 0) return out;
   const DeviceGuard guard(z.get_device_index());
   dispatch_floating(z.scalar_type(), "orthogonal_blend", [&](auto zero) {
@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const T
                                     std::vector<int64_t> options) {
   Options o = check(z, ratio, noise, options);
   check_blend_grad(grad, z, ratio, o);
-  Tensor grad_z = torch::stable::empty_like(z), grad_ratio = torch::stable::empty_like(ratio);
+  Tensor grad_z = allocate(z, z.sizes()), grad_ratio = allocate(ratio, ratio.sizes());
   if (z.numel() == 0) return {grad_z, grad_ratio};
   const DeviceGuard guard(z.get_device_index());
   dispatch_floating(z.scalar_type(), "orthogonal_blend_backward", [&](auto zero) {
@@ -298,7 +298,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const T
 Tensor philox_noise(const Tensor& seed, std::vector<int64_t> shape, int64_t kind) {
   check_seed(seed);
   STD_TORCH_CHECK(!shape.empty(), "shape must not be empty");
-  Tensor out = torch::stable::new_empty(seed, shape, torch::headeronly::ScalarType::Float);
+  Tensor out = allocate(seed, shape, torch::headeronly::ScalarType::Float);
   if (out.numel() == 0) return out;
   const DeviceGuard guard(seed.get_device_index());
   const int64_t d = shape.back(), rows = out.numel() / d;

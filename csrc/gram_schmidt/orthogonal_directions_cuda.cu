@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) directions_kernel(const T* z, const 
 }
 
 Tensor directions(const Tensor& z, const Tensor& seed, int64_t k) {
-  Tensor out = torch::stable::new_empty(z, check_directions(z, seed, k));
+  Tensor out = allocate(z, check_directions(z, seed, k));
   const int64_t d = z.size(-1);
   STD_TORCH_CHECK(d <= kWidest, "z must have rows of at most ", kWidest, " elements");
   if (out.numel() == 0) return out;

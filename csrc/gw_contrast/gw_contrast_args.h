@@ -56,7 +56,7 @@ inline Results new_results(const Tensor& x, const Tensor& y, const Side& xs, con
                   "x and y must agree in N, d, dtype and device");
   using torch::headeronly::ScalarType;
   const auto type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const auto make = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(x, shape, type); };
+  const auto make = [&](std::initializer_list<int64_t> shape) { return allocate(x, shape, type); };
   const int64_t N = xs.N, Bx = xs.B, By = ys.B, m = xs.rows(), n = ys.rows(), d = xs.d;
   return {make({N, Bx, By}), make({N, Bx}), make({N, By}), make({N, Bx, d}), make({N, By, d}), make({N, Bx, m, d}),
           make({N, n, By, d}), eps > 0 ? make({N, Bx, m, m}) : make({0}), eps > 0 ? make({N, By, n, n}) : make({0}),

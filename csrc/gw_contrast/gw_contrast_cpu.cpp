@@ -290,7 +290,7 @@ Forward forward(const Tensor& x, const Tensor& y, const OptionalTensor& x_mask, 
     const Tensor columns = torch::stable::transpose(torch::stable::view(out.y_factor, {N, n * By, d}), 1, 2);
     for_tiles(N, Bx, m * n * By, [&](int64_t g, int64_t groups, int64_t i, int64_t rows) {
       Tensor cross = polar ? tile(out.polar, g, groups, i, rows, m, n * By)
-                           : torch::stable::new_empty(out.distance, {groups, rows * m, n * By});
+                           : allocate(out.distance, {groups, rows * m, n * By});
       multiply(cross, tile(out.x_factor, g, groups, i, rows, m, d), slice(columns, 0, g, groups), 0);
       const Pairs<T> pairs{data(cross), data(out.distance) + (g * Bx + i) * By, By, int(m), int(n), polar, kind,
                            T(regularization)};
@@ -308,7 +308,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_ent
                                     const Tensor& polar, const OptionalTensor& x_mask, const OptionalTensor& y_mask) {
   const int64_t N = x_factor.size(0), Bx = x_factor.size(1), m = x_factor.size(2), d = x_factor.size(3);
   const int64_t n = y_factor.size(1), By = y_factor.size(2);
-  Tensor grad_x = torch::stable::empty_like(x), grad_y = torch::stable::empty_like(y);
+  Tensor grad_x = allocate(x, x.sizes()), grad_y = allocate(y, y.sizes());
   Tensor grad_x_factor = torch::stable::new_zeros(x_factor, {N, Bx, m, d});
   Tensor grad_y_factor = torch::stable::new_zeros(y_factor, {N, n * By, d});
   const Side xs = side_of(x, x_mask, false), ys = side_of(y, y_mask, true);
@@ -320,7 +320,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_ent
     if (polar.numel() > 0) {
       const Tensor rows_of_y = torch::stable::view(y_factor, {N, n * By, d});
       for_tiles(N, Bx, m * n * By, [&](int64_t g, int64_t groups, int64_t i, int64_t rows) {
-        Tensor weights = torch::stable::new_empty(polar, {groups, rows * m, n * By});
+        Tensor weights = allocate(polar, {groups, rows * m, n * By});
         const int64_t first = g * Bx + i;
         torch::stable::parallel_for(0, groups * rows, 1 + 32768 / (m * n * By), [&](int64_t begin, int64_t end) {
           weights_range(data(grad) + first * By, data(polar) + first * m * n * By, weights.mutable_data_ptr<T>(), By, m * n, begin, end);

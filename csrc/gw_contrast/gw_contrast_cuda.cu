@@ -351,16 +351,16 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_ent
   const cudaStream_t stream = current_stream(x);
   const int64_t N = xs.N, Bx = xs.B, By = ys.B, m = xs.rows(), n = ys.rows(), d = xs.d;
   const bool pairs = polar.numel() > 0, entropy = x_inverse.dim() != 1;
-  Tensor grad_x = torch::stable::empty_like(x), grad_y = torch::stable::empty_like(y);
-  Tensor grad_x_factor = pairs ? torch::stable::empty_like(x_factor) : torch::stable::new_zeros(x_factor, {N, Bx, m, d});
-  Tensor grad_y_factor = pairs ? torch::stable::empty_like(y_factor) : torch::stable::new_zeros(y_factor, {N, n, By, d});
+  Tensor grad_x = allocate(x, x.sizes()), grad_y = allocate(y, y.sizes());
+  Tensor grad_x_factor = pairs ? allocate(x_factor, x_factor.sizes()) : torch::stable::new_zeros(x_factor, {N, Bx, m, d});
+  Tensor grad_y_factor = pairs ? allocate(y_factor, y_factor.sizes()) : torch::stable::new_zeros(y_factor, {N, n, By, d});
   if (xs.samples() + ys.samples() == 0) return {grad_x, grad_y};
   dispatch_floating(x.scalar_type(), "gaussian_w2_backward", [&](auto zero) {
     using F = decltype(zero);
     using T = acc_t<F>;
     const auto data = [](const Tensor& t) { return t.const_data_ptr<T>(); };
     if (pairs) {  // two matrix products, without the dispatcher, and so without autocast
-      Tensor weights = torch::stable::new_empty(polar, {N, Bx * m, n * By});
+      Tensor weights = allocate(polar, {N, Bx * m, n * By});
       const int64_t blocks = polar.numel() / 256 + 1;
       weights_kernel<T><<<blocks < 65535 ? blocks : 65535, 256, 0, stream>>>(
           data(grad), data(polar), weights.mutable_data_ptr<T>(), By, m * n, polar.numel());

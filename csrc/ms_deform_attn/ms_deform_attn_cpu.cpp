@@ -623,7 +623,7 @@ Tensor run_forward(const Tensor& value, const std::vector<int64_t>& sizes, const
     using T = decltype(t);
     const auto in = read<acc_t<T>, decltype(l)>(value, reference, coordinates, weights);
     const Geometry g(value, sizes, weights);
-    out = torch::stable::new_empty(value, {g.B, g.Q, g.M * g.D});
+    out = allocate(value, {g.B, g.Q, g.M * g.D});
     prefer_huge_pages(out);
     if (out.numel() > 0) forward_all(value, g, in, out.mutable_data_ptr<T>());
   });
@@ -643,13 +643,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, cons
     const auto in = read<A, L>(value, reference, coordinates, weights);
     const Geometry g(value, sizes, weights);
     check_grad(grad, value, g.Q);
-    grad_value = torch::stable::new_empty(value, value.sizes());
-    grad_coordinates = torch::stable::new_empty(coordinates, coordinates.sizes());
-    grad_weights = torch::stable::new_empty(weights, weights.sizes());
+    grad_value = allocate(value, value.sizes());
+    grad_coordinates = allocate(coordinates, coordinates.sizes());
+    grad_weights = allocate(weights, weights.sizes());
     for (const Tensor& t : {grad_value, grad_coordinates, grad_weights}) prefer_huge_pages(t);
     A* reference_data = nullptr;
     if (reference != nullptr) {
-      grad_reference = torch::stable::new_empty(*reference, reference->sizes());
+      grad_reference = allocate(*reference, reference->sizes());
       reference_data = grad_reference.mutable_data_ptr<A>();
     }
     backward_all(grad.const_data_ptr<T>(), value, g, in, grad_value.mutable_data_ptr<T>(),

@@ -513,7 +513,7 @@ Tensor run_forward(const Tensor& value, const std::vector<int64_t>& sizes, const
     const auto in = read<A, L>(value, reference, coordinates, weights);
     const Geometry g(value, sizes, weights);
     const DeviceGuard guard(value.get_device_index());
-    out = torch::stable::new_empty(value, {g.B, g.Q, g.M * g.D});
+    out = allocate(value, {g.B, g.Q, g.M * g.D});
     if (out.numel() == 0) return;
     const Value<T> maps = value_of<T>(value);
     with_vector<T>(aligned(maps.data, g.D, {maps.image, maps.head, maps.row}), [&](auto vector) {
@@ -559,17 +559,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, cons
     const cudaStream_t stream = current_stream(value);
     const int64_t tiles = (g.S * 32 * int64_t(sizeof(A)) + kTileBytes - 1) / kTileBytes;
     const bool atomics = !deterministic && tiles > kTilesBeforeAtomics;
-    grad_coordinates = torch::stable::new_empty(coordinates, coordinates.sizes());
-    grad_weights = torch::stable::new_empty(weights, weights.sizes());
+    grad_coordinates = allocate(coordinates, coordinates.sizes());
+    grad_weights = allocate(weights, weights.sizes());
     Tensor sums, shares, normalisers;
     if (atomics) {
       sums = torch::stable::new_zeros(value, value.sizes(), wide);
     } else {
-      grad_value = torch::stable::new_empty(value, value.sizes());
+      grad_value = allocate(value, value.sizes());
     }
     if (reference != nullptr) {
-      shares = torch::stable::new_empty(*reference, {g.B, g.M, g.Q, g.levels, in.reference_size});
-      normalisers = torch::stable::new_empty(*reference, {g.B, g.M, g.Q, 2});
+      shares = allocate(*reference, {g.B, g.M, g.Q, g.levels, in.reference_size});
+      normalisers = allocate(*reference, {g.B, g.M, g.Q, 2});
     }
     const T* const incoming = grad.const_data_ptr<T>();
     const Gradients<A, L> to{atomics ? sums.mutable_data_ptr<A>() : nullptr, grad_coordinates.mutable_data_ptr<L>(),
@@ -588,7 +588,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, cons
     if (!atomics && value.numel() > 0)
       launch_owners<T, A, L>(g, in, incoming, to.normalisers, grad_value.mutable_data_ptr<T>(), tiles, stream);
     if (atomics) {
-      grad_value = std::is_same_v<T, A> ? sums : torch::stable::new_empty(value, value.sizes());
+      grad_value = std::is_same_v<T, A> ? sums : allocate(value, value.sizes());
       if (!std::is_same_v<T, A>) torch::stable::copy_(grad_value, sums);
     }
     if (reference != nullptr) {
