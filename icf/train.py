@@ -131,7 +131,7 @@ def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
     bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
     with stop_requested(accelerator) as stopping, bar:
         while progress.epoch < epochs and progress.step < total_steps:
-            train_set.set_epoch(progress.epoch)
+            loader.set_epoch(progress.epoch)  # and of the data set; by itself it counts from the epoch resumed in
             sampler.epoch = progress.epoch
             sampler.start = progress.batch * cfg.train.batch * accelerator.num_processes
             if train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, total_steps, bar, stopping):
