@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from icf.checkpoint import (
     load_model,
@@ -247,6 +249,17 @@ def test_machine_errors_name_the_way_on_and_others_pass(tmp_path):
         assert raised.value is error
     with pytest.raises(MemoryError), machine_errors(tmp_path / "nothing saved yet"):
         raise MemoryError
+
+
+def test_full_disk_shows_no_traceback_of_tensorboards_thread(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    writer = SummaryWriter(tmp_path)
+    with pytest.raises(OSError), machine_errors(tmp_path), files_of(100):
+        for step in range(1000):
+            writer.add_scalar("loss", step, step)
+            writer.flush()
+    assert not shown
 
 
 def test_a_run_is_not_overwritten_and_nothing_resumes_from_nothing(finished, toy_root, tmp_path):
