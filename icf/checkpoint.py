@@ -47,6 +47,8 @@ def failure_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
+        if "DataLoader" in str(error):  # a reader has died meanwhile, which is raised wherever the process is
+            raise
         free = shutil.disk_usage(path.parent).free / 1e6
         raise OSError(f"{path} could not be written, {free:.0f} MB are free there: {error}") from error
 

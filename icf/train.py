@@ -11,6 +11,7 @@ import math
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -128,7 +129,7 @@ def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
     bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
     with stop_requested(accelerator) as stopping, bar:
         while progress.epoch < epochs and progress.step < total_steps:
-            train_set.set_epoch(progress.epoch)
+            loader.set_epoch(progress.epoch)  # and the data set's: Accelerate counts the epochs of this process
             sampler.epoch = progress.epoch
             sampler.start = progress.batch * cfg.train.batch * accelerator.num_processes
             if train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, total_steps, bar, stopping):
@@ -173,6 +174,9 @@ MACHINE = re.compile(r"DataLoader worker \(pid|Too many open files|allocate memo
 @contextmanager
 def machine_errors(run: Path) -> Iterator[None]:
     """Tells in one line what of the machine ended a run, and how to go on; other errors pass as they are."""
+    show = threading.excepthook
+    # TensorBoard's thread hands its error to the loop, too
+    threading.excepthook = lambda failed: None if failed.exc_type is OSError else show(failed)
     try:
         yield
     except Exception as error:
@@ -181,6 +185,8 @@ def machine_errors(run: Path) -> Iterator[None]:
             raise
         said = (str(error) or "out of memory").strip().splitlines()[-1]  # before it, the traceback of a reader
         raise OSError(f"{said}; icf train --resume {run} goes on after step {step_of(states(run)[0])}") from error
+    finally:
+        threading.excepthook = show
 
 
 def build_loader(dataset: Dataset, cfg: Config, sampler: Sampler) -> DataLoader:

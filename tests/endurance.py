@@ -231,7 +231,7 @@ def endure(minutes: float, folder: Path) -> int:
     assert probe.end() == 0, "\n".join(probe.said)
     shared = 2 if len(os.sched_getaffinity(0)) == 1 else 1  # the two runs on one core
     times = max(len(faults), int(0.5 * minutes))
-    steps = max(int(0.5 * minutes * 60 / second / shared), 4 * times)  # the rest of the time goes into starting again
+    steps = max(int(0.7 * minutes * 60 / second / shared), 4 * times)  # the rest of the time goes into starting again
     options = [data, *OPTIONS, f"--train.iters={steps}"]
     print(f"{steps} steps, {second:.2f} s each")
 

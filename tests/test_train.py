@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from icf.checkpoint import (
     load_model,
@@ -178,15 +180,15 @@ def test_a_backend_that_cannot_run_ends_a_run_before_it_begins(toy_root, tmp_pat
     assert not cfg.out.exists()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_in_mid_epoch_and_resumed_equals_uninterrupted(finished, toy_root, tmp_path, how):
+@pytest.mark.parametrize("how, first", [(signal.SIGKILL, 2), (signal.SIGINT, 2), (signal.SIGKILL, 5)])
+def test_stopped_in_mid_epoch_and_resumed_equals_uninterrupted(finished, toy_root, tmp_path, how, first):
     cfg = config(tmp_path / "stopped", toy_root, save_every=1)
     process = launch(cfg)
-    wait_for_step(process, cfg, 2)
+    wait_for_step(process, cfg, first)
     process.send_signal(how)
     output = process.communicate(timeout=60)[0]
     step = int(states(cfg.out)[0].name.removeprefix("step-"))
-    assert process.returncode != 0 and 2 <= step < 8, output
+    assert process.returncode != 0 and first <= step < 8, output
     if how == signal.SIGINT:
         assert f"stopped and saved; icf train --resume {cfg.out} goes on" in output
 
@@ -248,6 +250,17 @@ def test_machine_errors_name_the_way_on_and_others_pass(tmp_path):
         assert raised.value is error
     with pytest.raises(MemoryError), machine_errors(tmp_path / "nothing saved yet"):
         raise MemoryError
+
+
+def test_full_disk_shows_no_traceback_of_tensorboards_thread(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    writer = SummaryWriter(tmp_path)
+    with pytest.raises(OSError), machine_errors(tmp_path), files_of(100):
+        for step in range(1000):
+            writer.add_scalar("loss", step, step)
+            writer.flush()
+    assert not shown
 
 
 def test_a_run_is_not_overwritten_and_nothing_resumes_from_nothing(finished, toy_root, tmp_path):
