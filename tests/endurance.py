@@ -158,8 +158,9 @@ def strike(fault, run: Run, folder: Path) -> tuple[Run, Outcome] | None:
             problems.append("does not say how to go on")
         if any("Traceback" in line for line in run.said):
             problems.append("traceback")
-        if leftovers := list(folder.rglob("*.partial")):
-            problems.append(f"left {', '.join(str(path.relative_to(folder)) for path in leftovers)}")
+        leftovers = ", ".join(str(path.relative_to(folder)) for path in folder.rglob("*.partial"))
+        if leftovers and fault is not limit_open_files:  # removing a folder opens it; resuming does it then
+            problems.append(f"left {leftovers}")
     problems += [f"broke {path.relative_to(folder)}" for path in broken(folder)]
     following = start(folder, "--resume", str(folder))
     following.reach(0)
