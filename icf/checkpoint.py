@@ -177,7 +177,7 @@ def remove_partial(run: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)  # it may have been in a folder of them
 
 
 def save_state(accelerator, run: Path, step: int, keep: int = 2, **others) -> None:

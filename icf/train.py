@@ -171,7 +171,8 @@ def newest_state(run: Path) -> Path:
 
 
 # What libraries say, in a RuntimeError, where the machine failed and not the program.
-MACHINE = re.compile(r"DataLoader worker \(pid|Too many open files|allocate memory|out of memory")
+ONEDNN = "could not create a primitive"
+MACHINE = re.compile(rf"DataLoader worker \(pid|Too many open files|allocate memory|out of memory|{ONEDNN}")
 
 
 @contextmanager
@@ -187,6 +188,7 @@ def machine_errors(run: Path) -> Iterator[None]:
         if not machine or not states(run):
             raise
         said = (str(error) or "out of memory").strip().splitlines()[-1]  # before it, the traceback of a reader
+        said = f"out of memory, it seems: {said}" if said == ONEDNN else said
         raise OSError(f"{said}; icf train --resume {run} goes on after step {step_of(states(run)[0])}") from error
     finally:
         threading.excepthook = show

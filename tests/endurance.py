@@ -29,6 +29,7 @@ from pathlib import Path
 import psutil
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
 
@@ -158,8 +159,9 @@ def strike(fault, run: Run, folder: Path) -> tuple[Run, Outcome] | None:
             problems.append("does not say how to go on")
         if any("Traceback" in line for line in run.said):
             problems.append("traceback")
-        if leftovers := list(folder.rglob("*.partial")):
-            problems.append(f"left {', '.join(str(path.relative_to(folder)) for path in leftovers)}")
+        leftovers = ", ".join(str(path.relative_to(folder)) for path in folder.rglob("*.partial"))
+        if leftovers and fault is not limit_open_files:  # removing a folder opens it; resuming does it then
+            problems.append(f"left {leftovers}")
     problems += [f"broke {path.relative_to(folder)}" for path in broken(folder)]
     following = start(folder, "--resume", str(folder))
     following.reach(0)
@@ -231,7 +233,8 @@ def endure(minutes: float, folder: Path) -> int:
     assert probe.end() == 0, "\n".join(probe.said)
     shared = 2 if len(os.sched_getaffinity(0)) == 1 else 1  # the two runs on one core
     times = max(len(faults), int(0.5 * minutes))
-    steps = max(int(0.7 * minutes * 60 / second / shared), 4 * times)  # the rest of the time goes into starting again
+    # Starting again takes time, which the run that is left alone gives back when it has ended.
+    steps = max(int(minutes * 60 / second / shared), 4 * times)
     options = [data, *OPTIONS, f"--train.iters={steps}"]
     print(f"{steps} steps, {second:.2f} s each")
 
@@ -262,7 +265,7 @@ def endure(minutes: float, folder: Path) -> int:
     table = Table("fault", "at step", "status", "said", "resumed at", "lost steps",
                   title=f"{steps} steps in {lasted:.1f} minutes, {len(outcomes)} faults")
     for x in outcomes:
-        table.add_row(x.fault, str(x.step), str(x.status), x.said.replace(str(folder), "."), str(x.resumed),
+        table.add_row(x.fault, str(x.step), str(x.status), escape(x.said.replace(str(folder), ".")), str(x.resumed),
                       str(x.lost))
     Console(width=160).print(table)
     print(*problems or ["the same losses of every step, weights and scores; nothing left behind"], sep="\n")
