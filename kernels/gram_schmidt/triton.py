@@ -103,7 +103,7 @@ def _terms(ratio, zz, pz, pp, rr, scale):
     inv_z = tl.where(zz == 0, 0.0, 1.0 / tl.sqrt(tl.where(zz == 0, 1.0, zz)))
     e = pz * inv_z
     nn = pp - e * e
-    parallel = nn <= (64 * EPS * EPS) * rr
+    parallel = nn <= rr * (64 * EPS * EPS)  # the tensor first: Triton 3.8 interprets constexpr * tensor wrongly
     inv_n = tl.where(parallel, 0.0, 1.0 / tl.sqrt(tl.where(parallel, 1.0, nn)))
     return tl.sqrt(1.0 - rho), tl.sqrt(rho), inv_z, inv_n, e, zz * inv_z / scale
 
