@@ -214,7 +214,7 @@ def load_state(accelerator, state: Path, **others) -> None:
     """Go on from a training state of :func:`save_state`. Nothing in it is trusted: its pickles may hold tensors only.
 
     Raises:
-        ValueError: it is damaged, or of another model.
+        ValueError: it is damaged, of another model, or there was no memory for it; the message holds the cause.
     """
     try:
         accelerator.load_state(str(state))
@@ -222,4 +222,4 @@ def load_state(accelerator, state: Path, **others) -> None:
         for name, other in others.items():
             other.load_state_dict(values[name])
     except Exception as error:  # the readers of Accelerate and torch let errors of every kind through
-        raise ValueError(f"{state} is no training state of this model ({first_line(error)})") from error
+        raise ValueError(f"{state} could not be read as a training state of this model ({first_line(error)})") from error
