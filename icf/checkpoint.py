@@ -222,4 +222,4 @@ def load_state(accelerator, state: Path, **others) -> None:
         for name, other in others.items():
             other.load_state_dict(values[name])
     except Exception as error:  # the readers of Accelerate and torch let errors of every kind through
-        raise ValueError(f"{state} could not be read as a training state of this model ({first_line(error)})") from error
+        raise ValueError(f"{state} cannot be read as a training state of this model ({first_line(error)})") from error

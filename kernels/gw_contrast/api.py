@@ -46,8 +46,8 @@ def gaussian_w2(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tens
             raise ValueError(f"gaussian_w2: {name} must be bool and {tuple(frames.shape[:3])}, "
                              f"got {mask.dtype} and {tuple(mask.shape)}")
     if spectral not in SPECTRAL or not 0 < regularization < math.inf or not 0 <= eps < math.inf:
-        raise ValueError(f"gaussian_w2: spectral must be one of {SPECTRAL}, regularization finite and above 0, eps finite and "
-                         f"not below, got {spectral!r}, {regularization} and {eps}")
+        raise ValueError(f"gaussian_w2: spectral must be one of {SPECTRAL}, regularization finite and above 0, "
+                         f"eps finite and not below, got {spectral!r}, {regularization} and {eps}")
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = x.to(dtype), y.to(dtype)
     args = x, y, x_mask, y_mask, spectral, float(regularization), float(eps)  # the square of an int may be no number

@@ -578,7 +578,7 @@ HOSTILE = {  # what: file, how it is written, how it is read, what is said
     "weights that are not finite": ("a.safetensors", lambda path: save_weights(path, {
         name: x / 0 for name, x in Small().state_dict().items()}, Config()), load_small, "does not fit|not finite"),
     "code in a training state": ("checkpoints/step-00000001/model.safetensors", state_with_code, resume,
-                                 "no training state of this model"),
+                                 "cannot be read as a training state of this model"),
 }
 
 
