@@ -10,11 +10,10 @@ import time
 
 import pytest
 import torch
-from torch.nn.functional import grid_sample
 
 from icf.ops import ms_deform_attn, ms_deform_attn_fused
 from icf_kernels._common.testing import require_grad
-from icf_kernels.ms_deform_attn.cases import BENCHMARKS, make_inputs
+from icf_kernels.ms_deform_attn.cases import BENCHMARKS, by_grid_sample, make_inputs
 
 try:
     from torch_ms_deform_attn import ms_deform_attn as peer  # pip install torch-ms-deform-attn
@@ -26,25 +25,13 @@ ROUNDS = 5, 30  # at least, and at most
 SECONDS = 5  # within which rounds are added
 
 
-def by_grid_sample(value, sizes, locations, weights):
-    """The composition of Deformable DETR."""
-    (B, _, M, D), (Q, L, P) = value.shape, locations.shape[1:2] + locations.shape[3:5]
-    maps, samples = value.split([h * w for h, w in sizes], 1), []
-    for level, (h, w) in enumerate(sizes):
-        image = maps[level].flatten(2).transpose(1, 2).reshape(B * M, D, h, w)
-        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
-        samples.append(grid_sample(image, grid, padding_mode="zeros", align_corners=False))
-    weights = weights.transpose(1, 2).reshape(B * M, 1, Q, L * P)
-    return (torch.stack(samples, -2).flatten(-2) * weights).sum(-1).view(B, M * D, Q).transpose(1, 2)
-
-
 def implementations(shape):
     value, sizes, _, locations, weights = plain = make_inputs(shape, torch.float32, DEVICE)
     low = make_inputs(shape, torch.bfloat16, DEVICE)
     runs = {"ours": (ms_deform_attn, plain), "ours, bfloat16": (ms_deform_attn, low),
             "ours, bfloat16 value": (ms_deform_attn, (low[0], *plain[1:])),
             "ours, fused": (ms_deform_attn_fused, make_inputs(shape, torch.float32, DEVICE, fused=True)),
-            "grid_sample": (lambda v, _, __, xy, a: by_grid_sample(v, sizes, xy, a), plain)}
+            "grid_sample": (by_grid_sample, plain)}
     if peer is not None:
         shapes = torch.tensor(sizes, device=DEVICE)
         starts = shapes.prod(1).cumsum(0) - shapes.prod(1)

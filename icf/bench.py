@@ -11,14 +11,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import write_atomic
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")       # plain PyTorch first, to which the others are compared
-VERSIONS = ("fast", "reference", "dense contrast")      # of the training step
 INK = "#808a96"                                         # readable on white and on black
 MARK = re.compile(r"<!-- bench:(begin|end) (\S+) -->")
 
@@ -180,24 +179,26 @@ def step(benchmarks: Sequence[dict]) -> Table:
 
 def parts(benchmarks: Sequence[dict]) -> Table:
     """What each part of the training step, and each operator in it, takes in each version."""
-    rows = []
+    rows, versions = [], _versions(extra["parts"] for _, extra in _steps(benchmarks))
     for bench, extra in _steps(benchmarks):
         for kind in ("parts", "operators"):
             total = {version: sum(map(sum, spent.values())) for version, spent in extra[kind].items()}
             names = dict.fromkeys(name for spent in extra[kind].values() for name in spent)
             for name in (n for n in names if kind == "parts" or n not in ("rest", "optimiser")):
-                spent = [sum(extra[kind][version].get(name, (0, 0))) for version in VERSIONS]
-                cells = [f"{_number(t)} ({_share(t / total[v])})" for v, t in zip(VERSIONS, spent, strict=True)]
+                spent = {version: sum(times.get(name, (0, 0))) for version, times in extra[kind].items()}
+                cells = [f"{_number(spent[v])} ({_share(spent[v] / total[v])})" if v in spent else "-"
+                         for v in versions]
                 rows.append([f"{bench['group']}: {name}", *cells])
-    return Table(["forward and backward, ms (share)", *VERSIONS], rows)
+    return Table(["forward and backward, ms (share)", *versions], rows)
 
 
 def share(benchmarks: Sequence[dict]) -> Table:
     """The training objective's share of the step at the paper's sizes."""
-    rows = [[part, *(_share(extra["share"][version][part]) for version in VERSIONS)]
-            for extra in (bench["extra_info"] for bench in benchmarks) if "share" in extra
-            for part in extra["share"]["fast"]]
-    return Table(["share of the step", *VERSIONS], rows)
+    shares = [bench["extra_info"]["share"] for bench in benchmarks if "share" in bench["extra_info"]]
+    versions = _versions(shares)
+    rows = [[part, *(_share(share[version][part] if version in share else None) for version in versions)]
+            for share in shares for part in share["fast"]]
+    return Table(["share of the step", *versions], rows)
 
 
 def rates(benchmarks: Sequence[dict]) -> Table:
@@ -244,6 +245,11 @@ def _ratios(bench: dict) -> dict[str, float]:
 def _steps(benchmarks: Sequence[dict]) -> list[tuple[dict, dict]]:
     return [(bench, bench["extra_info"]) for bench in benchmarks if "clips_per_s" in bench["extra_info"]
             and "times_fast" in bench["extra_info"]]
+
+
+def _versions(measured: Iterable[dict]) -> list[str]:
+    """The keys of all, in the order in which they occur."""
+    return list(dict.fromkeys(version for versions in measured for version in versions))
 
 
 def _limits(benchmarks: Sequence[dict]) -> dict[str, float] | None:

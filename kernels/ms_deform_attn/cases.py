@@ -1,10 +1,13 @@
-"""Inputs for tests and benchmarks: shapes are (B, Q, M, D, P, H1, W1, H2, W2, ..., where the points are).
+"""Inputs, and a second definition, for tests and benchmarks.
+
+Shapes are (B, Q, M, D, P, H1, W1, H2, W2, ..., where the points are).
 
 Gradients jump where a point crosses the centre line of pixels, so the points of tests keep a quarter of a pixel away.
 """
 from functools import partial
 
 import torch
+from torch.nn.functional import grid_sample
 
 from .._common.testing import Cases
 
@@ -41,6 +44,30 @@ def make_inputs(shape, dtype, device, fused=False):
         tensors = reference, offsets.flatten(2), logits.flatten(2)
     value, first, *tensors = (tensor.to(device, dtype).contiguous() for tensor in (value, *tensors))
     return value, sizes, *([first] if fused else [None, first]), *tensors
+
+
+def by_grid_sample(value, sizes, _, locations, weights):
+    """The composition that Deformable DETR publishes: what those use who have no kernel."""
+    (B, _, M, D), (Q, L, P) = value.shape, locations.shape[1:2] + locations.shape[3:5]
+    maps, samples = value.split([h * w for h, w in sizes], 1), []
+    for level, (h, w) in enumerate(sizes):
+        image = maps[level].flatten(2).transpose(1, 2).reshape(B * M, D, h, w)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # [B*M, Q, P, 2]
+        samples.append(grid_sample(image, grid, padding_mode="zeros", align_corners=False))  # [B*M, D, Q, P]
+    weights = weights.transpose(1, 2).reshape(B * M, 1, Q, L * P)
+    return (torch.stack(samples, -2).flatten(-2) * weights).sum(-1).view(B, M * D, Q).transpose(1, 2)
+
+
+def composed(value, sizes, points, offsets, logits):
+    """The arguments of the plain operator for those of the fused one, as Deformable DETR composes them."""
+    (B, Q, M), n, L = (*offsets.shape[:2], value.shape[2]), points.shape[-1], len(sizes)
+    offsets = offsets.reshape(B, Q, M, L, -1, 2)
+    P = offsets.shape[4]
+    extent = torch.tensor([[[w, h]] for h, w in sizes], device=value.device, dtype=value.dtype)
+    points = points[:, :, None, :, None]
+    scale = 1 / extent if n == 2 else points[..., 2:] * 0.5 / P
+    weights = logits.reshape(B, Q, M, -1).softmax(-1).view(B, Q, M, L, P)
+    return value, sizes, None, points[..., :2] + offsets * scale, weights
 
 
 SHAPES = [(2, 2, 2, 2, 2, 3, 2, 1, 2), (1, 5, 8, 32, 4, 6, 5, 3, 4, 2, 2), (2, 7, 1, 71, 1, 5, 4),

@@ -46,7 +46,7 @@ def _attend(value, spatial_shapes, pixels, weights):
     centre of a pixel; what is outside of the map, or not a number, is zero."""
     B, S, M, D = value.shape
     Q, P = weights.shape[1], weights.shape[-1]
-    rows = value.to(weights.dtype).transpose(1, 2)  # [B, M, S, D]
+    rows = value.to(weights.dtype).reshape(B * S * M, D)
     b, m = torch.arange(B, device=value.device).view(-1, 1, 1), torch.arange(M, device=value.device).view(-1, 1)
     out, start = 0, 0
     for level, (H, W) in enumerate(spatial_shapes):
@@ -61,7 +61,8 @@ def _attend(value, spatial_shapes, pixels, weights):
             corner = torch.tensor(corner, device=value.device)
             x, y = (low.long() + corner).unbind(-1)
             inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
-            row = rows[b, m, torch.where(inside, start + y * W + x, 0)]  # [B, M, Q*P, D]
+            place = (b * S + torch.where(inside, start + y * W + x, 0)) * M + m  # [B, M, Q*P]
+            row = rows.index_select(0, place.flatten()).view(B, M, Q * P, D)
             share = torch.where(corner.bool(), fraction, 1 - fraction).prod(-1) * weight
             sample = torch.where(inside[..., None], row, 0) * share[..., None]
             out = out + sample.view(B, M, Q, P, D).sum(3)

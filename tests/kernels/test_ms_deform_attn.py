@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.functional import grid_sample, linear
+from torch.nn.functional import linear
 
 from icf.ops import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
 from icf_kernels._common.backend import INTERPRET
@@ -25,7 +25,7 @@ from icf_kernels._common.testing import (
     why_not,
 )
 from icf_kernels.ms_deform_attn import reference
-from icf_kernels.ms_deform_attn.cases import make_inputs
+from icf_kernels.ms_deform_attn.cases import by_grid_sample, composed, make_inputs
 
 SIZES = [(6, 5), (3, 4), (2, 2)]
 S = sum(h * w for h, w in SIZES)
@@ -49,31 +49,6 @@ def inputs(dtype=torch.float32, device="cpu", D=8, points="apart", fused=False):
 def needs(backend, dtype):
     if reason := why_not("ms_deform_attn", "ms_deform_attn", backend, inputs(dtype, DEVICES[backend])):
         pytest.skip(reason)
-
-
-def by_grid_sample(value, sizes, _, locations, weights):
-    """The composition that Deformable DETR publishes, an independent second definition."""
-    (B, _, M, D), (Q, L, P) = value.shape, locations.shape[1:2] + locations.shape[3:5]
-    maps, samples = value.split([h * w for h, w in sizes], 1), []
-    for level, (h, w) in enumerate(sizes):
-        image = maps[level].flatten(2).transpose(1, 2).reshape(B * M, D, h, w)
-        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # [B*M, Q, P, 2]
-        samples.append(grid_sample(image, grid, padding_mode="zeros", align_corners=False))  # [B*M, D, Q, P]
-    weights = weights.transpose(1, 2).reshape(B * M, 1, Q, L * P)
-    return (torch.stack(samples, -2).flatten(-2) * weights).sum(-1).view(B, M * D, Q).transpose(1, 2)
-
-
-def composed(value, sizes, points, offsets, logits):
-    """The arguments of the plain operator for those of the fused one, as Deformable DETR composes them."""
-    B, Q, L, n = points.shape
-    M = value.shape[2]
-    offsets = offsets.view(B, Q, M, L, -1, 2)
-    P = offsets.shape[4]
-    extent = torch.tensor([[[w, h]] for h, w in sizes], device=value.device, dtype=value.dtype)
-    points = points[:, :, None, :, None]
-    scale = 1 / extent if n == 2 else points[..., 2:] * 0.5 / P
-    weights = logits.view(B, Q, M, -1).softmax(-1).view(B, Q, M, L, P)
-    return value, sizes, None, points[..., :2] + offsets * scale, weights
 
 
 def test_definition_agrees_with_grid_sample():
