@@ -21,12 +21,10 @@ from rich.table import Table
 
 from .checkpoint import CONFIG, load_model, read_config, states, write_atomic
 from .config import Config, DataConfig, denoises
-from .evaluate import evaluate
-from .files import read_json
+from .evaluate import RESULTS, evaluate, read_results
 from .paper import FIGURE_5, SCORES, TABLE_2, Scores, Sweep
 from .train import train
 
-RESULTS = "results.json"
 FREE = ("out", "data.workers", "data.cache", "train.log_every", "train.save_every", "eval.batch")  # may differ
 NOT_RUN = "not run"
 INK = {"icf": "#26a69a", "baseline": "#808a96"}
@@ -218,17 +216,17 @@ def measured(line: Line, out: Path, data: DataConfig) -> dict[int, Scores]:
 
 
 def _scores(path: Path, line: Line, data: DataConfig) -> Scores:
-    results = read_json(path)
-    settings = results["settings"]
-    got = {"split": results["split"], "subset": results["subset"], "toy": settings["toy"] is not None,
-           "snr_db": settings["snr_db"], "frame_mix": settings["frame_mix"]}
+    results = read_results(path)
+    settings = results.settings
+    got = {"split": results.split, "subset": results.subset, "toy": settings.get("toy") is not None,
+           "snr_db": settings.get("snr_db"), "frame_mix": settings.get("frame_mix")}
     expected = {"split": "test", "subset": data.subset, "toy": data.toy is not None, "snr_db": None, "frame_mix": 0,
                 **line.disturbance}
     if wrong := [f"{key} {expected[key]}, got {got[key]}" for key in got if got[key] != expected[key]]:
         raise ValueError(f"{path}: expected results of {', '.join(wrong)}")
-    if any(results[key] is None for key in SCORES):
+    if any(results.scores[key] is None for key in SCORES):
         raise ValueError(f"{path}: the scores are not defined, for no test clip has an object")
-    return tuple(100 * results[key] for key in SCORES)
+    return tuple(100 * results.scores[key] for key in SCORES)
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, object]:

@@ -25,21 +25,36 @@ OTHERS = "progress.json"  # in a training state; what Accelerate would save of o
 STATES = "checkpoints"  # where a run folder keeps its training states, one folder a step
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object], durable: bool = False) -> None:
     """Let ``write`` fill a temporary neighbour of ``path``, a file or a folder, then move it into place.
 
-    Whatever happens on the way (a full disk, a kill), ``path`` holds the old content or the new, never a part.
+    Whatever happens on the way (a full disk, a kill), ``path`` holds the old content or the new, never a part; where it
+    is ``durable``, after a power cut, too, for which it waits for the disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(temporary)
+        if durable:
+            flush(temporary)
         os.replace(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder with what is in it, is on the disk, and not only on its way there."""
+    if os.name != "posix":  # elsewhere neither folders nor what was opened to be read can be waited for
+        return
+    for item in (path, *path.rglob("*")):
+        handle = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextmanager
@@ -60,17 +75,18 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], cfg: Config, **note
     metadata = {"icf": json.dumps({"version": __version__, "config": cfg.to_dict(), **notes})}
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     with failure_named(path):
-        write_atomic(path, lambda temporary: save_file(state, temporary, metadata))
+        write_atomic(path, lambda temporary: save_file(state, temporary, metadata), durable=True)
 
 
 def find_weights(source: Path) -> Path:
-    """The weights file that ``source``, a file or a run folder, stands for.
+    """The weights file that ``source``, a file or a run folder, stands for: of a run, the best, or before there are any
+    the newest that have been trained at all.
 
     Raises:
         FileNotFoundError: there is none.
     """
     source = Path(source)
-    in_run = [source / WEIGHTS, *(state / "model.safetensors" for state in states(source))]
+    in_run = [source / WEIGHTS, *(state / "model.safetensors" for state in states(source) if step_of(state))]
     candidates = [source] if source.is_file() else in_run
     for path in candidates:
         if path.is_file():
@@ -199,6 +215,7 @@ def save_state(accelerator, run: Path, step: int, keep: int = 2, **others) -> No
                 (partial / OTHERS).write_text(json.dumps({name: x.state_dict() for name, x in others.items()}))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and not path.exists():
+            flush(partial)
             os.replace(partial, path)
     finally:
         if accelerator.is_main_process:

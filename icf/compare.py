@@ -22,8 +22,16 @@ from .checkpoint import WEIGHTS, load_model, write_atomic
 from .config import Config
 from .data import Batch, Clip, build_dataset, collate
 from .data.avsbench import read_manifest
-from .evaluate import UNHEARD, Prediction, Tally, build_loader, model_predictor
-from .files import read_json
+from .evaluate import (
+    RESULTS,
+    UNHEARD,
+    Prediction,
+    Results,
+    Tally,
+    build_loader,
+    model_predictor,
+    read_results,
+)
 from .masks import foreground
 from .report import (
     INK,
@@ -43,6 +51,7 @@ from .report import (
 )
 
 SAME = ("subset", "size", "frames", "audio_source", "audio_timing", "toy")   # of the data, for runs to be comparable
+COLUMNS = ("J", "F", "J&F")
 PERPLEXITY = 30.0
 TAB10_GREY = 7                          # place of the grey in matplotlib's tab10, too close to INK
 NAMED = 24                              # labels that a legend still has room for
@@ -59,7 +68,7 @@ class Run:
     name: str
     model: nn.Module
     cfg: Config
-    results: dict | None = None
+    results: Results | None = None
     remark: str = ""
 
 
@@ -106,7 +115,7 @@ def compare(sources: Sequence[Path], out: Path, *, names: Sequence[str] | None =
     data.root = data.root if root is None else root
     dataset = build_dataset(data, split)
     for run, source in zip(runs, sources, strict=True):
-        run.results, run.remark = read_results(Path(source), dataset)
+        run.results, run.remark = find_results(Path(source), dataset)
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(clips, len(dataset))).round().astype(int)).tolist()
     subset = Subset(dataset, chosen)
 
@@ -145,29 +154,27 @@ def _name(source: Path) -> str:
     return f"{source.parent.name}/{source.stem}" if source.is_file() else source.name
 
 
-def read_results(source: Path, dataset: Dataset) -> tuple[dict | None, str]:
+def find_results(source: Path, dataset: Dataset) -> tuple[Results | None, str]:
     """What `icf evaluate` left beside the weights, if it is of the clips of `dataset`, and why not otherwise."""
     if source.is_file() and source.name != WEIGHTS:
         return None, f"results are of {WEIGHTS}"
     folder = source.parent if source.is_file() else source
-    path = (folder if dataset.split == "test" else folder / dataset.split) / "results.json"
+    path = (folder if dataset.split == "test" else folder / dataset.split) / RESULTS
     if not path.is_file():
-        return None, "no results.json"
-    results = read_json(path)
-    if (results["subset"], results["split"]) != (dataset.subset, dataset.split) or (
-            [clip["name"] for clip in results["clips"]] != list(dataset.names)):
-        return None, "results.json is of other clips"
-    return results, ""
+        return None, f"no {RESULTS}"
+    results = read_results(path)
+    expected = dataset.subset, dataset.split, list(dataset.names)
+    return (results, "") if (results.subset, results.split, results.clips) == expected else (
+        None, f"{RESULTS} is of other clips")
 
 
 def score_table(runs: Sequence[Run], dataset: Dataset) -> str:
     """A row per run; scores that are missing are a dash, with the reason beside."""
     rows = []
     for run in runs:
-        results = run.results or {"negatives": {}}
-        negatives = [results["negatives"].get(kind, {}).get("FPR") for kind in UNHEARD]
-        rows.append((run.name, *(results.get(key) for key in ("J", "F", "J&F")), *negatives, run.remark))
-    return html_table(("run", "J", "F", "J&F", *(f"FPR {kind}" for kind in UNHEARD), ""), rows)
+        scores, negatives = (run.results.scores, run.results.false_positives) if run.results else ({}, {})
+        rows.append((run.name, *map(scores.get, COLUMNS), *map(negatives.get, UNHEARD), run.remark))
+    return html_table(("run", *COLUMNS, *(f"FPR {kind}" for kind in UNHEARD), ""), rows)
 
 
 # Features

@@ -46,10 +46,12 @@ from .metrics import (
     combined_score,
 )
 from .ops import use_backend
+from .paper import SCORES
 from .report import Sample, score_tables, write_report
 
 UNHEARD = ("silence", "noise", "offscreen")     # negative sounds that nothing in the picture makes
 HISTORY = "metrics.json"                        # of a training run, in its folder
+RESULTS = "results.json"                        # of an evaluation, in its folder
 SEED = 42                                       # pairing of clips and sounds
 MIN_PIXELS = 16                                 # of the forgiving variant of the AVSS scores
 PICTURED = (8, 4)                               # clips of the report: worst, best
@@ -333,6 +335,7 @@ def _evaluate(
     tally = Tally(len(dataset), dataset.classes, cfg, device)
     negatives = {kind: Negative(len(dataset), dataset.classes, cfg, device) for kind in disturbed}
     categories: dict[int, tuple[str, ...]] = {}
+    history = read_history(out / HISTORY) if report and (out / HISTORY).is_file() else None
     loader = build_loader([true_set, *disturbed.values()], cfg)
     bar = Console(stderr=True)
     for index, (batch, *others) in track(loader, f"scoring {dataset.split}", console=bar, disable=not progress * main):
@@ -353,7 +356,6 @@ def _evaluate(
         for kind, other in disturbed.items():
             write_atomic(out / "pairing" / f"{kind}.json", other.save_pairing)
         if report:
-            history = read_json(out / HISTORY) if (out / HISTORY).is_file() else None
             pictured = samples(predict, true_set, results, cfg.eval.threshold)
             write_report(out, results, pictured, dataset.classes, history)
         if progress:
@@ -477,9 +479,59 @@ def write_masks(folder: Path, masks: Tensor, batch: Batch, classes: Sequence[str
 
 def write_tables(results: dict, out: Path) -> None:
     """`results.json`, `per_class.csv` and `per_clip.csv`."""
-    write_atomic(out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1, allow_nan=False)))
+    write_atomic(out / RESULTS, lambda path: path.write_text(json.dumps(results, indent=1, allow_nan=False)))
     write_atomic(out / "per_class.csv", partial(_write_csv, results["classes"]))
     write_atomic(out / "per_clip.csv", partial(_write_csv, results["clips"]))
+
+
+@dataclass(frozen=True)
+class Results:
+    """What others read of a `results.json`.
+
+    Args:
+        clips: names of the clips scored, in their order.
+        scores: J, F and J&F in their default modes; None where no clip has an object.
+        false_positives: share of pixels under each sound that nothing in the picture makes.
+        settings: of the evaluation.
+    """
+
+    subset: str
+    split: str
+    clips: list[str]
+    scores: dict[str, float | None]
+    false_positives: dict[str, float | None]
+    settings: dict
+
+
+def read_results(path: Path) -> Results:
+    """Raises FileNotFoundError, or ValueError for what `evaluate` does not write."""
+    values = read_json(path)
+    try:
+        return Results(str(values["subset"]), str(values["split"]), [str(clip["name"]) for clip in values["clips"]],
+                       {key: _score(values[key]) for key in SCORES},
+                       {kind: _score(negative["FPR"]) for kind, negative in values["negatives"].items()
+                        if kind in UNHEARD},
+                       dict(values["settings"]))
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: is not what icf evaluate writes ({type(error).__name__}: {error})") from None
+
+
+def read_history(path: Path) -> dict[str, list[dict[str, float]]]:
+    """The losses and validation scores of a training run. Raises ValueError for what `train` does not write."""
+    values = read_json(path)
+    try:
+        history = {part: [{str(key): float(value) for key, value in row.items()} for row in values[part]]
+                   for part in ("steps", "evaluations")}
+        needed = {"steps": {"step", "loss", "lr"}, "evaluations": {"step", "J", "F"}}
+        if lacking := {key for part in history for row in history[part] for key in needed[part] - row.keys()}:
+            raise KeyError(*sorted(lacking))
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: is not what icf train writes ({type(error).__name__}: {error})") from None
+    return history
+
+
+def _score(value: object) -> float | None:
+    return None if value is None else float(value)
 
 
 def samples(predict: Predictor, dataset: Dataset, results: dict, threshold: float) -> list[Sample]:

@@ -45,7 +45,7 @@ def write_results(out, run, seed, j, f, *folders, **settings):
     folder.mkdir(parents=True)
     scores = {"J": j, "F": f, "J&F": None if f is None else (j + f) / 2}
     (folder / "results.json").write_text(json.dumps({
-        "split": "test", "subset": "ms3", **scores,
+        "split": "test", "subset": "ms3", **scores, "clips": [], "negatives": {},
         "settings": {"toy": {"size": "tiny"}, "snr_db": None, "frame_mix": 0, **settings}}))
 
 

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from icf.checkpoint import (
+    find_weights,
     load_model,
     load_weights,
     read_config,
@@ -368,6 +369,24 @@ def test_full_disk_leaves_the_last_training_state(tmp_path, size):
         save_state(accelerator, tmp_path, 2)
     assert [state.name for state in states(tmp_path)] == ["step-00000001"] and not list(tmp_path.rglob("*.partial"))
     accelerator.load_state(str(states(tmp_path)[0]))
+
+
+def test_weights_reach_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    names, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (names.append({*os.listdir(tmp_path)}), fsync(handle)))
+    save_weights(tmp_path / "w.safetensors", {"x": torch.zeros(1)}, Config.from_dict(SMALL))
+    assert names and all("w.safetensors" not in present for present in names)
+
+
+def test_a_run_that_has_not_trained_yet_has_no_weights(tmp_path):
+    first, later = (tmp_path / "checkpoints" / f"step-{step:08d}" / "model.safetensors" for step in (0, 3))
+    first.parent.mkdir(parents=True)
+    first.touch()
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        find_weights(tmp_path)
+    later.parent.mkdir()
+    later.touch()
+    assert find_weights(tmp_path) == later
 
 
 @pytest.mark.parametrize("content", [b"", b"not a safetensors file", b"\xff" * 64])

@@ -40,7 +40,8 @@ from icf.data.transforms import resize_frame
 from icf.data.video import open_video, read_sound, write_video
 from icf.encoders.text import text_tower
 from icf.encoders.weights import read_weights
-from icf.evaluate import read_mask
+from icf.evaluate import read_history, read_mask, read_results
+from icf.report import curves
 from icf.train import Progress
 
 CLIPS = ("first", "second")
@@ -215,6 +216,17 @@ def parse_preset(path):
     assert isinstance(build_config(parser, parser.parse_args(["--config", str(path)])), Config)
 
 
+def read_scores(path):
+    results = read_results(path)
+    assert all(isinstance(name, str) for name in (results.subset, results.split, *results.clips))
+    scores = *results.scores.values(), *results.false_positives.values()
+    assert all(score is None or isinstance(score, float) for score in scores)
+
+
+def read_curves(path):
+    assert curves(read_history(path)).startswith(b"\x89PNG")
+
+
 def read_state(path):
     state = read_weights("model.audio.weights", str(path))
     assert all(isinstance(name, str) and value.isfinite().all() for name, value in state.items())
@@ -376,6 +388,12 @@ READERS = {  # file: how it is written, how it is read
                                 ["a", "a_0_5", "0", "0", "dog", "train", "v1s"],
                                 ["b", "b_0_9", "0", "0", "cat", "val", "v2"]), read_metadata_of("avss")),
     "clips.csv": (write_clips, lambda path: are_records(read_clips(path.parent), path.parent)),
+    "results.json": (write_json({"subset": "s4", "split": "test", "J": 0.5, "F": 0.25, "J&F": None, "settings": {},
+                                 "clips": [{"name": name} for name in CLIPS], "negatives": {"silence": {"FPR": 0.1}}}),
+                     read_scores),
+    "metrics.json": (write_json({"steps": [{"step": step, "loss": 2.5, "lr": 1e-4, "mask": 1} for step in (1, 2)],
+                                 "evaluations": [{"epoch": 1, "step": 2, "J": 0.5, "F": 0.75, "J&F": 0.625}]}),
+                     read_curves),
     "label2idx.json": (write_json({"background": 0, "cat": 1, "dog": 2}), read_names),
     "captions.json": (write_json({name: ["a cat", "a dog"] for name in CLIPS}), read_texts),
     "Single-source/toy_manifest.json": (write_manifest, read_manifest),
