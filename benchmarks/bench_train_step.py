@@ -33,10 +33,11 @@ DEVICE = "cuda" if CUDA else "cpu"
 SMALL = {"visual": {"name": "pvt_v2_b0", "weights": "none"}, "audio": {"weights": "none"}}
 FULL = {"visual": {"name": "pvt_v2_b5", "weights": "none"}, "audio": {"weights": "none"}}
 TEXT = {"mit": {"frame": "hash", "video": "hash", "audio": "hash"}}  # towers that need no file
+ON_GPU = {"model": FULL, "objective": TEXT, "train": {"amp": "bf16"}}
 STEPS = {"toy": ("toy-s4", {}),
-         "s4": ("s4-pvt", {"model": FULL, "objective": TEXT, "train": {"amp": "bf16"}} if CUDA else
-                {"model": SMALL, "objective": TEXT, "train": {"batch": 2}})}
-ROUNDS = {"toy": 7, "s4": 2}  # those of s4 take 35 seconds on two cores
+         "s4": ("s4-pvt", ON_GPU if CUDA else {"model": SMALL, "objective": TEXT, "train": {"batch": 2}}),
+         **({"s4-compiled": ("s4-pvt", {**ON_GPU, "train": {"amp": "bf16", "compile": "inductor"}})} if CUDA else {})}
+ROUNDS = {"toy": 7, "s4": 2, "s4-compiled": 7}  # those of s4 take 35 seconds on two cores
 PARTS_OF_OBJECTIVE = {"MIT": "read", "SC": "imagine", "CDCL": "contrast"}
 
 
@@ -109,8 +110,9 @@ def machine():
 def bench_train_step(benchmark, case):
     cfg = configuration(*STEPS[case])
     step, parts, operators = Step(cfg), {}, {}
-    seconds, memory = in_turn(step, ROUNDS[case], VERSIONS)
-    for name in VERSIONS:
+    compiled = cfg.train.compile != "no"
+    seconds, memory = in_turn(step, ROUNDS[case], [*VERSIONS][:2] if compiled else VERSIONS)
+    for name in () if compiled else VERSIONS:  # compiled code has no parts
         with version(name), ranges(PARTS, step.model), ranges(OPERATORS):
             traced = trace(step, warmup=0)
         parts[name], operators[name] = (milliseconds(breakdown(traced, names)) for names in (PARTS, OPERATORS))

@@ -406,6 +406,8 @@ class TrainConfig:
         clip: norm that the gradient of the whole model is clipped to *(COMBO: 0.01)*; 0 leaves it alone.
         accumulate: steps whose gradients are added up before the optimiser moves.
         amp: mixed precision.
+        compile: backend of torch.compile that the model runs through, `inductor` say, or `cudagraphs`. A resumed run
+            then equals an uninterrupted one up to rounding.
         seed: initialisation, order of the data and everything random in the step.
         init_from: weights to start from (a run folder or a .safetensors file); MS3 is usually started from S4.
         evaluate_every: epochs between evaluations of the validation split, 0 for the last only.
@@ -426,6 +428,7 @@ class TrainConfig:
     clip: float = 0.01
     accumulate: int = 1
     amp: Literal["no", "bf16", "fp16"] = "no"
+    compile: Literal["no", "inductor", "cudagraphs", "aot_eager", "eager"] = "no"
     seed: int = 0
     init_from: Path | None = None
     evaluate_every: int = 1

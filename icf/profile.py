@@ -27,7 +27,7 @@ from .checkpoint import write_atomic
 from .config import Config
 from .data import Batch
 from .model import ICF
-from .train import parameter_groups, train_step
+from .train import compile_model, parameter_groups, train_step
 
 PARTS = {"visual encoder": "visual.forward", "audio encoder": "audio.forward", "visual context": "context.forward",
          "MIT": "objective.read", "SC": "objective.imagine", "pixel decoder": "pixel_decoder.forward",
@@ -56,6 +56,7 @@ class Step:
         self.accelerator, self.cfg = Accelerator(cpu=on_cpu, mixed_precision=cfg.train.amp), cfg
         set_seed(cfg.train.seed)
         model = ICF(cfg.model, cfg.loss, cfg.objective, pretrained=False).train()
+        compile_model(model, cfg.train)
         optimizer = AdamW(parameter_groups(model, cfg.train), fused=self.device.type in ("cpu", "cuda"))
         schedule = LambdaLR(optimizer, lambda step: 1.0)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)

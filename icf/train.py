@@ -116,6 +116,7 @@ def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
     if cfg.train.init_from is not None and not resume:
         kept = load_weights(model, cfg.train.init_from, strict=False)
         accelerator.print(f"started from {cfg.train.init_from}" + (f"; new: {', '.join(kept)}" if kept else ""))
+    compile_model(model, cfg.train)
     epochs, total_steps = length(cfg.train, len(loader), accelerator.num_processes)
     optimizer = AdamW(parameter_groups(model, cfg.train), fused=accelerator.device.type in ("cpu", "cuda"))
     schedule = LambdaLR(optimizer, lambda step: lr_factor(cfg.train, step, total_steps))
@@ -199,6 +200,12 @@ def build_loader(dataset: Dataset, cfg: Config, sampler: Sampler) -> DataLoader:
     workers = cfg.data.workers if cfg.data.workers is not None else min(4, len(os.sched_getaffinity(0)) // 2)
     return DataLoader(dataset, cfg.train.batch, sampler=sampler, num_workers=workers, collate_fn=collate,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+
+
+def compile_model(model: nn.Module, train: TrainConfig) -> None:
+    """In place, so that names of parameters and what wraps the model stay as they are."""
+    if train.compile != "no":
+        model.compile(backend=train.compile)
 
 
 def length(train: TrainConfig, batches: int, processes: int) -> tuple[int, int]:

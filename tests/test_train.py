@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.utils import counters
 from torch.utils.tensorboard import SummaryWriter
 
 from icf.checkpoint import (
@@ -179,6 +180,17 @@ def test_a_backend_that_cannot_run_ends_a_run_before_it_begins(toy_root, tmp_pat
     with pytest.raises(ValueError, match=f"set_backend: .*{error}"):
         train(cfg)
     assert not cfg.out.exists()
+
+
+def test_a_compiled_run_gives_the_same_losses_and_files(finished, toy_root, tmp_path):
+    cfg = config(tmp_path / "run", toy_root, compile="eager")
+    torch.compiler.reset(), counters.clear()
+    train(cfg)
+    torch.testing.assert_close(weights(cfg.out), weights(finished.out), atol=1e-4, rtol=1e-3)
+    losses = [[row["loss"] for row in json.loads((run / "metrics.json").read_text())["steps"]]
+              for run in (cfg.out, finished.out)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("how, after", [(signal.SIGINT, 2), (signal.SIGKILL, 2), (signal.SIGKILL, 5)])  # of 4 an epoch

@@ -112,6 +112,7 @@ class TextTower(nn.Module):
         weight = self.net.embedding.weight
         return weight[torch.tensor(self.tokenizer.word(NEUTRAL), device=weight.device)].float().mean(0)
 
+    @torch.compiler.assume_constant_result                                  # tokenisers cannot be traced
     def _prompt(self, template: str | int, slot_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Ids [1,L] and the places [slot_len] of the slot among them."""
         text = template if isinstance(template, str) else self.templates[template]

@@ -36,7 +36,6 @@ def imagined() -> Counterfactuals:
 
 def mit():
     part, levels = MIT(MIT_CONFIG, 7, build_towers(MIT_CONFIG)), LevelFeatures([12], 512, MIT_CONFIG.levels, ())
-    part.texts()  # tokenises the prompts, once
     return part, (*levels([torch.randn(B, T, 12, 4, 4)]), torch.randn(B, T, 7))
 
 
@@ -74,7 +73,6 @@ def test_parts_compile_without_graph_break(name):
 def test_training_is_one_graph_with_the_same_losses(make_model, make_batch):
     model = make_model(objective=ObjectiveConfig(mit=MIT_CONFIG, sc=SC_CONFIG, cdcl=CDCLConfig(dim=16)))
     batch, losses = make_batch((5, 3)), []
-    model(batch)  # tokenises the prompts, once
     torch.compiler.reset()
     twin = copy.deepcopy(model)
     for run in (model, torch.compile(twin, fullgraph=True, backend="eager")):
