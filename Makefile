@@ -1,4 +1,4 @@
-.PHONY: dev test interpret sanitize fuzz endurance bench style wheel
+.PHONY: dev test interpret emulate sanitize fuzz endurance bench style wheel
 
 dev:        ## editable install with everything that tests need
 	pip install -e '.[test]'
@@ -9,12 +9,16 @@ test:       ## all tests that can run on this machine
 interpret:  ## the Triton kernels, run by Triton's interpreter on the CPU
 	TRITON_INTERPRET=1 pytest tests/kernels -k triton
 
+emulate:    ## the CUDA kernels, emulated on the CPU, in a build of their own below build/emulated
+	ICF_EMULATE=1 pip install -q --no-deps --no-build-isolation --upgrade --target build/emulated .
+	PYTHONPATH=build/emulated python -m pytest tests/kernels -k "cuda and not triton and not compiles or fuzz"
+
 # Python's allocator and torch's caches end unfreed, hence no leaks; a report ends the process, so it must not be captured.
-sanitize:   ## the C++ operators under AddressSanitizer and UBSan, in a build of their own below build/sanitize
-	ICF_SANITIZE=1 ICF_CUDA=0 pip install -q --no-deps --no-build-isolation --upgrade --target build/sanitize .
+sanitize:   ## the C++ and emulated CUDA operators under AddressSanitizer and UBSan, in a build below build/sanitize
+	ICF_SANITIZE=1 ICF_EMULATE=1 pip install -q --no-deps --no-build-isolation --upgrade --target build/sanitize .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" PYTHONPATH=build/sanitize \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	python -m pytest tests/kernels --capture=sys -k "not triton and not cuda and not compiles"
+	python -m pytest tests/kernels --capture=sys -k "not triton and not compiles"
 
 fuzz:       ## 10,000 inputs of each operator, and as many files for each reader
 	pytest tests/kernels/test_fuzz.py tests/data/test_fuzz.py --hypothesis-profile=long

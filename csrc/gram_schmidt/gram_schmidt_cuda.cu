@@ -23,8 +23,8 @@ __device__ void dots(const A* rows, const A* v, int64_t count, int64_t d, A* out
 template <typename T, typename A = acc_t<T>>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const T* vectors, A* q_out, A* l_out, int64_t n, int64_t d,
                                                            A rank_tol, A threshold, bool in_shared) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  A *weights = reinterpret_cast<A*>(memory), *partial = weights + n;
+  ICF_DYNAMIC_SHARED(A, weights);
+  A* const partial = weights + n;
   const int64_t matrix = blockIdx.x;
   A *result = q_out + matrix * n * d, *q = in_shared ? partial + kWarps : result;
   A* l = l_out ? l_out + matrix * n * n : nullptr;
@@ -69,8 +69,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const T* vectors, A* 
 template <typename A>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const A* grads, const A* q_all, const A* l_all, A* out,
                                                             int64_t n, int64_t d) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  A* weights = reinterpret_cast<A*>(memory);
+  ICF_DYNAMIC_SHARED(A, weights);
   const int64_t matrix = blockIdx.x;
   const A *g = grads + matrix * n * d, *q = q_all + matrix * n * d, *l = l_all + matrix * n * n;
   A* x = out + matrix * n * d;
@@ -105,12 +104,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& vectors, double rank_tol, doubl
     using A = acc_t<T>;
     const int64_t least = (n + kWarps) * sizeof(A), all = least + n * d * sizeof(A);
     STD_TORCH_CHECK(least <= kShared, "gram_schmidt: too many rows, ", n);
-    forward_kernel<T><<<static_cast<int>(vectors.numel() / (n * d)), kThreads, all <= kShared ? all : least,
-                        current_stream(vectors)>>>(
-        vectors.const_data_ptr<T>(), q.mutable_data_ptr<A>(), keep_l ? l.mutable_data_ptr<A>() : nullptr, n, d,
-        A(rank_tol), A(threshold), all <= kShared);
+    launch(forward_kernel<T>, vectors.numel() / (n * d), kThreads, all <= kShared ? all : least,
+           current_stream(vectors), vectors.const_data_ptr<T>(), q.mutable_data_ptr<A>(),
+           keep_l ? l.mutable_data_ptr<A>() : nullptr, n, d, A(rank_tol), A(threshold), all <= kShared);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {q, l};
 }
 
@@ -127,17 +124,16 @@ Tensor backward(const Tensor& grad, const Tensor& q, const Tensor& l) {
   const DeviceGuard guard(q.get_device_index());
   dispatch_floating(q.scalar_type(), "gram_schmidt_backward", [&](auto zero) {
     using A = acc_t<decltype(zero)>;
-    backward_kernel<A><<<static_cast<int>(q.numel() / (n * d)), kThreads, n * sizeof(A), current_stream(q)>>>(
-        grad.const_data_ptr<A>(), q.const_data_ptr<A>(), l.const_data_ptr<A>(), out.mutable_data_ptr<A>(), n, d);
+    launch(backward_kernel<A>, q.numel() / (n * d), kThreads, n * sizeof(A), current_stream(q),
+           grad.const_data_ptr<A>(), q.const_data_ptr<A>(), l.const_data_ptr<A>(), out.mutable_data_ptr<A>(), n, d);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
 
 }  // namespace
 }  // namespace icf
 
-STABLE_TORCH_LIBRARY_IMPL(icf, CUDA, m) {
+ICF_CUDA_LIBRARY(m) {
   m.impl("gram_schmidt.cuda", TORCH_BOX(&icf::forward));
   m.impl("gram_schmidt_backward.cuda", TORCH_BOX(&icf::backward));
 }

@@ -263,11 +263,10 @@ Tensor forward(const Tensor& z, const Tensor& ratio, const Tensor& noise, std::v
     T* result = out.mutable_data_ptr<T>();
     o.aligned = aligned_rows(o.d, 4 * sizeof(T), rows, result) && aligned_rows(o.d, 4 * sizeof(A), given);
     dispatch_width(o.d, [&](auto lanes, auto parts) {
-      forward_kernel<lanes(), parts(), T><<<blocks(ratio.numel() * lanes()), kThreads, 0, current_stream(z)>>>(
-          rows, ratio.const_data_ptr<A>(), given, result, ratio.numel(), o);
+      launch(forward_kernel<lanes(), parts(), T>, blocks(ratio.numel() * lanes()), kThreads, 0, current_stream(z), rows,
+             ratio.const_data_ptr<A>(), given, result, ratio.numel(), o);
     });
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
 
@@ -287,11 +286,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const T
     const int64_t count = z.numel() / o.d;
     o.aligned = aligned_rows(o.d, 4 * sizeof(T), rows, incoming, result) && aligned_rows(o.d, 4 * sizeof(A), given);
     dispatch_width(o.d, [&](auto lanes, auto parts) {
-      backward_kernel<lanes(), parts(), T><<<blocks(count * lanes()), kThreads, 0, current_stream(z)>>>(
-          incoming, rows, ratio.const_data_ptr<A>(), given, result, grad_ratio.mutable_data_ptr<A>(), count, o);
+      launch(backward_kernel<lanes(), parts(), T>, blocks(count * lanes()), kThreads, 0, current_stream(z), incoming,
+             rows, ratio.const_data_ptr<A>(), given, result, grad_ratio.mutable_data_ptr<A>(), count, o);
     });
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {grad_z, grad_ratio};
 }
 
@@ -302,16 +300,15 @@ Tensor philox_noise(const Tensor& seed, std::vector<int64_t> shape, int64_t kind
   if (out.numel() == 0) return out;
   const DeviceGuard guard(seed.get_device_index());
   const int64_t d = shape.back(), rows = out.numel() / d;
-  noise_kernel<<<blocks(rows * ((d + 3) / 4)), kThreads, 0, current_stream(seed)>>>(
-      seed.const_data_ptr<int64_t>(), out.mutable_data_ptr<float>(), rows, d, kind);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(noise_kernel, blocks(rows * ((d + 3) / 4)), kThreads, 0, current_stream(seed), seed.const_data_ptr<int64_t>(),
+         out.mutable_data_ptr<float>(), rows, d, kind);
   return out;
 }
 
 }  // namespace
 }  // namespace icf
 
-STABLE_TORCH_LIBRARY_IMPL(icf, CUDA, m) {
+ICF_CUDA_LIBRARY(m) {
   m.impl("orthogonal_blend.cuda", TORCH_BOX(&icf::forward));
   m.impl("orthogonal_blend_backward.cuda", TORCH_BOX(&icf::backward));
   m.impl("philox_noise.cuda", TORCH_BOX(&icf::philox_noise));

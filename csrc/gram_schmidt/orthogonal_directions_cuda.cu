@@ -11,8 +11,8 @@ constexpr int64_t kWidest = 4096;  // elements of a row, held in shared memory
 template <typename T, typename A = acc_t<T>>
 __global__ void __launch_bounds__(kThreads) directions_kernel(const T* z, const int64_t* seed, T* out, int64_t k,
                                                               int64_t d) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  A *w = reinterpret_cast<A*>(memory), *partial = w + d;
+  ICF_DYNAMIC_SHARED(A, w);
+  A* const partial = w + d;
   uint32_t* words = reinterpret_cast<uint32_t*>(partial + kWarps);
   const int64_t row = blockIdx.x;
   const HadamardRows rows(*seed, row, d);
@@ -53,14 +53,13 @@ Tensor directions(const Tensor& z, const Tensor& seed, int64_t k) {
   dispatch_floating(z.scalar_type(), "orthogonal_directions", [&](auto zero) {
     using T = decltype(zero);
     const int64_t bytes = (d + kWarps) * sizeof(acc_t<T>) + (d + 127) / 128 * 4 * sizeof(uint32_t);
-    directions_kernel<T><<<static_cast<int>(z.numel() / d), kThreads, bytes, current_stream(z)>>>(
-        z.const_data_ptr<T>(), seed.const_data_ptr<int64_t>(), out.mutable_data_ptr<T>(), k, d);
+    launch(directions_kernel<T>, z.numel() / d, kThreads, bytes, current_stream(z), z.const_data_ptr<T>(),
+           seed.const_data_ptr<int64_t>(), out.mutable_data_ptr<T>(), k, d);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
 
 }  // namespace
 }  // namespace icf
 
-STABLE_TORCH_LIBRARY_IMPL(icf, CUDA, m) { m.impl("orthogonal_directions.cuda", TORCH_BOX(&icf::directions)); }
+ICF_CUDA_LIBRARY(m) { m.impl("orthogonal_directions.cuda", TORCH_BOX(&icf::directions)); }

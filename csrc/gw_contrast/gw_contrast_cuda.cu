@@ -1,8 +1,6 @@
 #include "common/cuda.h"
 #include "gw_contrast/gw_contrast_args.h"
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
-
 namespace icf {
 namespace {
 
@@ -23,7 +21,7 @@ __device__ T warp_sum(T x) {
 
 template <typename F, typename T>
 __global__ void moments_kernel(Side xs, Side ys, const F* x, const F* y, double eps, Moments<T> x_out, Moments<T> y_out) {
-  extern __shared__ double gram[];  // [m, m]
+  ICF_DYNAMIC_SHARED(double, gram);  // [m, m]
   __shared__ double traces[kSampleThreads / kWarp];
   const bool first = int64_t(blockIdx.x) < xs.samples();
   const Side side = first ? xs : ys;
@@ -211,11 +209,11 @@ __host__ __device__ int shared_entries(int m, int n) {
 // A warp per pair, the matrix in shared memory: any m and n. In each round of the tournament a lane turns two columns.
 template <typename T>
 __global__ void __launch_bounds__(kWarp) shared_pairs_kernel(Pairs<T> pairs) {
-  extern __shared__ char memory[];
+  ICF_DYNAMIC_SHARED(T, a);
   const int lane = threadIdx.x, m = pairs.m, n = pairs.n;
   const bool tall = m >= n;
   const int rows = tall ? m : n, cols = tall ? n : m, row_step = rows | 1, v_step = cols | 1;
-  T *const a = reinterpret_cast<T*>(memory), *const v = a + row_step * cols, *const norm = v + v_step * cols;
+  T *const v = a + row_step * cols, *const norm = v + v_step * cols;
   const int64_t j = blockIdx.x, i = blockIdx.y, group = blockIdx.z, d = pairs.d, By = pairs.By;
   const int64_t own_x = group * pairs.Bx + i, own_y = group * By + j;
   T rest = 0, largest = 0;
@@ -296,7 +294,7 @@ __global__ void weights_kernel(const T* grad, const T* polar, T* weights, int64_
 template <typename T>
 void launch_shared(const Pairs<T>& pairs, cudaStream_t stream) {
   const dim3 grid(pairs.By, pairs.Bx, pairs.N);
-  shared_pairs_kernel<T><<<grid, kWarp, shared_entries(pairs.m, pairs.n) * sizeof(T), stream>>>(pairs);
+  launch(shared_pairs_kernel<T>, grid, kWarp, shared_entries(pairs.m, pairs.n) * sizeof(T), stream, pairs);
 }
 
 void launch_pairs(const Pairs<double>& pairs, cudaStream_t stream) { launch_shared(pairs, stream); }
@@ -304,9 +302,9 @@ void launch_pairs(const Pairs<double>& pairs, cudaStream_t stream) { launch_shar
 void launch_pairs(const Pairs<float>& pairs, cudaStream_t stream) {
   const dim3 grid((pairs.By + kWarp - 1) / kWarp, (pairs.Bx + kPairRows - 1) / kPairRows, pairs.N);
   if (pairs.m == 4 && pairs.n == 4) {
-    register_pairs_kernel<4, 4><<<grid, kPairRows * kWarp, 0, stream>>>(pairs);
+    launch(register_pairs_kernel<4, 4>, grid, kPairRows * kWarp, 0, stream, pairs);
   } else if (pairs.m == 9 && pairs.n == 9) {
-    register_pairs_kernel<9, 9><<<grid, kPairRows * kWarp, 0, stream>>>(pairs);
+    launch(register_pairs_kernel<9, 9>, grid, kPairRows * kWarp, 0, stream, pairs);
   } else {
     launch_shared(pairs, stream);
   }
@@ -326,16 +324,14 @@ Forward forward(const Tensor& x, const Tensor& y, const OptionalTensor& x_mask, 
     using F = decltype(zero);
     using T = acc_t<F>;
     const auto data = [](const Tensor& t) { return t.const_data_ptr<T>(); };
-    moments_kernel<F, T><<<samples, kSampleThreads, eps > 0 ? order * order * sizeof(double) : 0, stream>>>(
-        xs, ys, x.const_data_ptr<F>(), y.const_data_ptr<F>(), eps, out.x_moments<T>(), out.y_moments<T>());
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(moments_kernel<F, T>, samples, kSampleThreads, eps > 0 ? order * order * sizeof(double) : 0, stream, xs, ys,
+           x.const_data_ptr<F>(), y.const_data_ptr<F>(), eps, out.x_moments<T>(), out.y_moments<T>());
     if (out.distance.numel() == 0) return;
     const bool matrix = xs.T > 1 && ys.T > 1;
     launch_pairs(Pairs<T>{data(out.x_mean), data(out.y_mean), data(out.x_factor), data(out.y_factor), data(out.x_trace),
                           data(out.y_trace), out.distance.mutable_data_ptr<T>(),
                           polar && matrix ? out.polar.mutable_data_ptr<T>() : nullptr, xs.N, xs.B, ys.B, xs.d,
                           int(xs.rows()), int(ys.rows()), kind, T(regularization)}, stream);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out.all();
 }
@@ -359,27 +355,22 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_ent
     using F = decltype(zero);
     using T = acc_t<F>;
     const auto data = [](const Tensor& t) { return t.const_data_ptr<T>(); };
-    if (pairs) {  // two matrix products, without the dispatcher, and so without autocast
+    if (pairs) {
       Tensor weights = allocate(polar, {N, Bx * m, n * By});
       const int64_t blocks = polar.numel() / 256 + 1;
-      weights_kernel<T><<<blocks < 65535 ? blocks : 65535, 256, 0, stream>>>(
-          data(grad), data(polar), weights.mutable_data_ptr<T>(), By, m * n, polar.numel());
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(weights_kernel<T>, blocks < 65535 ? blocks : 65535, 256, 0, stream, data(grad), data(polar),
+             weights.mutable_data_ptr<T>(), By, m * n, polar.numel());
       const Tensor x_rows = torch::stable::view(x_factor, {N, Bx * m, d});
       const Tensor y_rows = torch::stable::view(y_factor, {N, n * By, d});
-      const Tensor transposed = torch::stable::transpose(weights, 1, 2);
-      Tensor x_part = torch::stable::view(grad_x_factor, {N, Bx * m, d});
-      Tensor y_part = torch::stable::view(grad_y_factor, {N, n * By, d});
-      TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_bmm_out(x_part.get(), weights.get(), y_rows.get()));
-      TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_bmm_out(y_part.get(), transposed.get(), x_rows.get()));
+      multiply(torch::stable::view(grad_x_factor, {N, Bx * m, d}), weights, y_rows);
+      multiply(torch::stable::view(grad_y_factor, {N, n * By, d}), torch::stable::transpose(weights, 1, 2), x_rows);
     }
     const Incoming<T> x_in{data(grad), data(grad_x_entropy), data(x_mean), data(y_mean), data(x_factor),
                            entropy ? data(x_inverse) : nullptr, data(grad_x_factor), By, By, 1};
     const Incoming<T> y_in{data(grad), data(grad_y_entropy), data(y_mean), data(x_mean), data(y_factor),
                            entropy ? data(y_inverse) : nullptr, data(grad_y_factor), Bx, 1, By};
-    frames_kernel<F, T><<<xs.samples() + ys.samples(), kSampleThreads, 0, stream>>>(
-        xs, ys, x_in, y_in, grad_x.mutable_data_ptr<F>(), grad_y.mutable_data_ptr<F>());
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(frames_kernel<F, T>, xs.samples() + ys.samples(), kSampleThreads, 0, stream, xs, ys, x_in, y_in,
+           grad_x.mutable_data_ptr<F>(), grad_y.mutable_data_ptr<F>());
   });
   return {grad_x, grad_y};
 }
@@ -387,7 +378,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_ent
 }  // namespace
 }  // namespace icf
 
-STABLE_TORCH_LIBRARY_IMPL(icf, CUDA, m) {
+ICF_CUDA_LIBRARY(m) {
   m.impl("gaussian_w2.cuda", TORCH_BOX(&icf::forward));
   m.impl("gaussian_w2_backward.cuda", TORCH_BOX(&icf::backward));
 }

@@ -221,7 +221,7 @@ template <typename T, typename A, typename L, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     forward_kernel(const __grid_constant__ Geometry g, const Value<T> value, const Inputs<A, L> in, T* out,
                    const Split split) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  ICF_DYNAMIC_SHARED(unsigned char, memory);
   const Group<A> group(g, memory, split);
   const int lanes = split.lanes, chunk = split.chunk;
   Points<A, L> points(in, g, group.b, group.m, group.q);
@@ -259,10 +259,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 template <typename A, int V>
 __device__ __forceinline__ void add_atomically(A* to, A weight, const A (&g)[V]) {
-#if __CUDA_ARCH__ >= 900
-  constexpr bool kFours = std::is_same_v<A, float> && V % 4 == 0;
-#else
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   constexpr bool kFours = false;
+#else
+  constexpr bool kFours = std::is_same_v<A, float> && V % 4 == 0;
 #endif
   if constexpr (kFours) {
 #pragma unroll
@@ -343,7 +343,7 @@ template <typename T, typename A, typename L, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_kernel(const __grid_constant__ Geometry g, const Value<T> value, const Inputs<A, L> in, const T* grad,
                     const Gradients<A, L> to, const Split split) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  ICF_DYNAMIC_SHARED(unsigned char, memory);
   const Group<A> group(g, memory, split);
   const int lanes = split.lanes, chunk = split.chunk;
   Points<A, L> points(in, g, group.b, group.m, group.q);
@@ -393,7 +393,7 @@ template <typename T, typename A, typename L>
 __global__ void __launch_bounds__(kOwnerThreads)
     grad_value_kernel(const __grid_constant__ Geometry g, const Inputs<A, L> in, const T* grad, const A* normalisers,
                       T* grad_value, unsigned tiles, unsigned slices) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  ICF_DYNAMIC_SHARED(unsigned char, memory);
   A* const weights = reinterpret_cast<A*>(memory);                         // [4, kOwnerThreads]
   int* const rows = reinterpret_cast<int*>(weights + 4 * kOwnerThreads);   // [4, kOwnerThreads], of the tile, or -1
   int* const queries = rows + 4 * kOwnerThreads;                           // [kOwnerThreads], from the first on
@@ -479,11 +479,11 @@ bool aligned(const T* data, int64_t D, std::initializer_list<int64_t> strides) {
 
 // `fours` as in Group::bytes.
 template <typename A>
-struct Launch {
+struct Plan {
   Split split;
   int64_t blocks, shared;
 
-  Launch(const Geometry& g, int vector, int fours) {
+  Plan(const Geometry& g, int vector, int fours) {
     while (split.lanes < 32 && split.lanes * vector < g.D) split.lanes *= 2;
     const int64_t groups = kThreads / split.lanes, tiles = (g.Q + groups - 1) / groups;
     split.chunk = g.n;
@@ -517,11 +517,10 @@ Tensor run_forward(const Tensor& value, const std::vector<int64_t>& sizes, const
     if (out.numel() == 0) return;
     const Value<T> maps = value_of<T>(value);
     with_vector<T>(aligned(maps.data, g.D, {maps.image, maps.head, maps.row}), [&](auto vector) {
-      const Launch<A> launch(g, vector, 1);
-      forward_kernel<T, A, L, vector><<<launch.blocks, kThreads, launch.shared, current_stream(value)>>>(
-          g, maps, in, out.mutable_data_ptr<T>(), launch.split);
+      const Plan<A> plan(g, vector, 1);
+      launch(forward_kernel<T, A, L, vector>, plan.blocks, kThreads, plan.shared, current_stream(value), g, maps, in,
+             out.mutable_data_ptr<T>(), plan.split);
     });
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out;
 }
@@ -534,10 +533,9 @@ void launch_owners(const Geometry& g, const Inputs<A, L>& in, const T* grad, con
   const int64_t staged = kOwnerThreads * (4 * sizeof(A) + 5 * sizeof(int));
   const int64_t shared = staged + (g.S + tiles - 1) / tiles * 32 * sizeof(A);
   const auto kernel = grad_value_kernel<T, A, L>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
-  kernel<<<blocks, kOwnerThreads, shared, stream>>>(g, in, grad, normalisers, grad_value, static_cast<unsigned>(tiles),
-                                                    static_cast<unsigned>(slices));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  permit_shared(kernel, shared);
+  launch(kernel, blocks, kOwnerThreads, shared, stream, g, in, grad, normalisers, grad_value,
+         static_cast<unsigned>(tiles), static_cast<unsigned>(slices));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, const Tensor& value,
@@ -579,11 +577,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, cons
       const Value<T> maps = value_of<T>(value);
       const bool vector = aligned(maps.data, g.D, {maps.image, maps.head, maps.row}) && aligned(incoming, g.D, {});
       with_vector<T>(vector, [&](auto vector) {
-        const Launch<A> launch(g, vector, 2);
-        backward_kernel<T, A, L, vector><<<launch.blocks, kThreads, launch.shared, stream>>>(
-            g, maps, in, incoming, to, launch.split);
+        const Plan<A> plan(g, vector, 2);
+        launch(backward_kernel<T, A, L, vector>, plan.blocks, kThreads, plan.shared, stream, g, maps, in, incoming, to,
+               plan.split);
       });
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
     if (!atomics && value.numel() > 0)
       launch_owners<T, A, L>(g, in, incoming, to.normalisers, grad_value.mutable_data_ptr<T>(), tiles, stream);
@@ -625,7 +622,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_fused(const Tensor& grad, co
 }  // namespace
 }  // namespace icf
 
-STABLE_TORCH_LIBRARY_IMPL(icf, CUDA, m) {
+ICF_CUDA_LIBRARY(m) {
   m.impl("ms_deform_attn.cuda", TORCH_BOX(&icf::forward));
   m.impl("ms_deform_attn_backward.cuda", TORCH_BOX(&icf::backward));
   m.impl("ms_deform_attn_fused.cuda", TORCH_BOX(&icf::forward_fused));

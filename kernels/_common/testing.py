@@ -7,10 +7,13 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .backend import rooms
+from .backend import CUDA_DEVICE, EMULATED, rooms
 
-# A build that is watched by sanitizers sums without vectors and multiply-adds, and so less exactly.
-LOOSER = 4 if "-fsanitize" in getattr(sys.modules.get("icf_kernels._C"), "built_with", "") else 1
+# What is watched by sanitizers or emulated sums without vectors or multiply-adds, and so less exactly.
+LOOSER = 4 if EMULATED or "-fsanitize" in getattr(sys.modules.get("icf_kernels._C"), "built_with", "") else 1
+
+# What to test operators on: the device of the tensors, and the backend.
+TARGETS = [("cpu", "reference"), ("cpu", "cpp"), ("cpu", "triton"), (CUDA_DEVICE, "cuda"), ("cuda", "triton")]
 
 
 class Cases(NamedTuple):

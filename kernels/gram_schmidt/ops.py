@@ -11,7 +11,9 @@ WIDEST = {"cuda": {"orthogonal_blend": 1024, "orthogonal_directions": 4096},  # 
 
 def _check_width(op, backend, x):
     widest = WIDEST[backend].get(op)
-    return widest is None or x.shape[-1] <= widest, f"it holds rows of at most {widest} elements, got {x.shape[-1]}"
+    if widest is None or x.shape[-1] <= widest:
+        return True, ""
+    return False, f"it holds rows of at most {widest} elements, got {x.shape[-1]}"
 
 
 def can_run_cuda(op, x, *_):

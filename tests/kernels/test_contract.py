@@ -12,6 +12,7 @@ from torch.utils.cpp_extension import include_paths
 from icf_kernels._common.backend import INTERPRET
 from icf_kernels._common.library import kernel
 from icf_kernels._common.testing import (
+    TARGETS,
     Calls,
     assert_as_accurate,
     forward_backward,
@@ -25,7 +26,6 @@ from icf_kernels._common.testing import (
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may use, by architecture
-TARGETS = [("cpu", "reference"), ("cpu", "cpp"), ("cpu", "triton"), ("cuda", "cuda"), ("cuda", "triton")]
 every_target = pytest.mark.parametrize("device, backend", TARGETS, ids=map("-".join, TARGETS))
 every_operator = pytest.mark.parametrize("room, op", [pytest.param(room, op, id=op) for room, op in operators()])
 every_case = pytest.mark.parametrize("room, op, shape, dtype", [

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from icf.ops import gram_schmidt, orthogonal_blend, orthogonal_directions
-from icf_kernels._common.testing import why_not
+from icf_kernels._common.testing import TARGETS, why_not
 from icf_kernels.gram_schmidt import philox_noise, reference
 
-TARGETS = [("cpu", "reference"), ("cpu", "cpp"), ("cpu", "triton"), ("cuda", "cuda"), ("cuda", "triton")]
 every_target = pytest.mark.parametrize("target", TARGETS, ids=map("-".join, TARGETS))
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.functional import normalize
 
 from icf.ops import contrast_positives, gaussian_entropy, gaussian_wasserstein, gw_contrast, gw_text_contrast
-from icf_kernels._common.testing import LOOSER, why_not
+from icf_kernels._common.testing import LOOSER, TARGETS, why_not
 from icf_kernels.gw_contrast.reference import dense_gaussian_entropy, dense_gaussian_wasserstein
 
 SPECTRAL = ("plain", "smooth", "entropic", "eps")
@@ -29,8 +29,7 @@ def skip_unless_can_run(backend, device, x, spectral="plain"):
         pytest.skip(reason)
 
 
-every_backend = pytest.mark.parametrize("device, backend", [
-    ("cpu", "reference"), ("cpu", "cpp"), ("cpu", "triton"), ("cuda", "cuda"), ("cuda", "triton")])
+every_backend = pytest.mark.parametrize("device, backend", TARGETS)
 
 
 def frames(B, T, d, seed=0, dtype=torch.float64, spread=0.7):

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear
 
 from icf.ops import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
-from icf_kernels._common.backend import INTERPRET
+from icf_kernels._common.backend import CUDA_DEVICE, INTERPRET
 from icf_kernels._common.testing import (
     LOOSER,
     Calls,
@@ -29,7 +29,8 @@ from icf_kernels.ms_deform_attn.cases import by_grid_sample, composed, make_inpu
 
 SIZES = [(6, 5), (3, 4), (2, 2)]
 S = sum(h * w for h, w in SIZES)
-DEVICES = {"cuda": "cuda", "cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu", "reference": "cpu"}
+DEVICES = {"cuda": CUDA_DEVICE, "cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu",
+           "reference": "cpu"}
 
 
 @pytest.fixture(params=DEVICES)
