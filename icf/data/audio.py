@@ -191,8 +191,8 @@ def load_log_mel(path: Path | str) -> Tensor:
         _check_places(data)
         examples = _TensorUnpickler(io.BytesIO(data)).load()
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError,
-            AssertionError, OverflowError, ImportError, struct.error) as error:
-        raise ValueError(f"{path}: not a pickled tensor ({error})") from error
+            AssertionError, OverflowError, ImportError, struct.error, MemoryError) as error:
+        raise ValueError(f"{path}: not a pickled tensor ({str(error) or 'it asks for too much memory'})") from error
     if not isinstance(examples, Tensor) or examples.shape[1:] != (1, EXAMPLE, BANDS) or not len(examples):
         got = list(examples.shape) if isinstance(examples, Tensor) else type(examples).__name__
         raise ValueError(f"{path}: expected a tensor [n,1,{EXAMPLE},{BANDS}], got {got}")

@@ -147,7 +147,7 @@ def text_tower(kind: str, weights: str | nn.Module = "default", dtype: torch.dty
         templates: see `TextTower`.
 
     Raises:
-        ValueError: unknown kind, weights that do not fit it, or a package that is not installed.
+        ValueError: unknown kind, weights that do not fit it or cannot be used, or a package that is not installed.
         FileNotFoundError: a folder that lacks a file.
         ConnectionError: weights that are neither here nor can be fetched.
     """
@@ -163,7 +163,14 @@ def text_tower(kind: str, weights: str | nn.Module = "default", dtype: torch.dty
     require_finite(f"{key}: {weights}", dict(net.named_parameters()))
     if tokenizer.largest >= net.embedding.num_embeddings:
         raise ValueError(f"{key}: {weights} has {net.embedding.num_embeddings} tokens, its tokeniser more")
-    return TextTower(net.to(dtype), tokenizer, templates)
+    tower = TextTower(net.to(dtype), tokenizer, templates)
+    try:
+        finite = tower.encode([NEUTRAL]).isfinite().all()
+    except Exception as error:                      # settings that are read without a check, wherever they are used
+        raise ValueError(f"{key}: {weights} cannot read a text ({first_line(error)})") from error
+    if not finite:
+        raise ValueError(f"{key}: {weights} makes a text of values that are not finite")
+    return tower
 
 
 # --- towers of transformers ------------------------------------------------------------------------------------------

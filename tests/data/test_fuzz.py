@@ -254,7 +254,8 @@ def resume(path):
 def read_tower(kind):
     def read(path):
         tower = text_tower(kind, str(path if kind == "laion_clap" else path.parent))
-        assert tower.encode(["a thing"]).isfinite().all()
+        features, largest = tower.encode(["a thing"]), max(p.abs().max() for p in tower.parameters())
+        assert features.shape == (1, 8) and (features.isfinite().all() or largest > 1e9)
     return read
 
 
@@ -562,6 +563,19 @@ def state_with_code(path):
     pickled(os.mkdir, str(path.parent / "marker"))(path.parent / "custom_checkpoint_0.pkl")
 
 
+def long_frame(path):
+    """Which the unpickler then takes for the length of what follows."""
+    path.write_bytes(pickle.dumps(torch.zeros(5, 1, 96, 64), 4).replace(b"\x80\x04\x95\x4c", b"\x80\x04\x95\x4e"))
+
+
+def without(setting):
+    """A text tower whose configuration says null for it."""
+    def write(path):
+        write_clip(path)
+        path.write_text(json.dumps({**json.loads(path.read_text()), setting: None}))
+    return write
+
+
 HOSTILE = {  # what: file, how it is written, how it is read, what is said
     "one sample a second": ("a.wav", lambda path: soundfile.write(path, np.zeros(9), 1), read_waveform, "got 1"),
     "a rate of no ratio": ("a.wav", lambda path: soundfile.write(path, np.zeros(9), 16001), read_waveform, "awkward"),
@@ -570,6 +584,7 @@ HOSTILE = {  # what: file, how it is written, how it is read, what is said
     "track that is not finite": ("a.wav", write_level(np.nan), read_track, "not finite"),
     "memory of an unpickler": ("a.pkl", lambda path: path.write_bytes(b"\x80\x04Nr\xff\xff\xff\x7f."), load_log_mel,
                                "LONG_BINPUT"),
+    "frame beyond its end": ("a.pkl", long_frame, load_log_mel, "truncated|memory"),
     "one number for 23 TB": ("a.pkl", of_stride_0, load_log_mel, "beyond its storage"),
     "archive in a pickle": ("a.pkl", of_zip_archive, load_log_mel, "zip archive"),
     "slim picture": ("a.png", picture(1, 30_000), read_frame, "1x30000 pixels"),
@@ -595,6 +610,8 @@ HOSTILE = {  # what: file, how it is written, how it is read, what is said
                                   "other than named tensors"),
     "weights that are not finite": ("a.safetensors", lambda path: save_weights(path, {
         name: x / 0 for name, x in Small().state_dict().items()}, Config()), load_small, "does not fit|not finite"),
+    **({"text tower without a setting": ("clip/config.json", without("layer_norm_eps"), read_tower("clip"),
+                                         "cannot read a text")} if find_spec("transformers") else {}),
     "code in a training state": ("checkpoints/step-00000001/model.safetensors", state_with_code, resume,
                                  "cannot be read as a training state of this model"),
 }
