@@ -49,7 +49,8 @@ CLIPS = ("first", "second")
 
 # ---- What is done to a file ----
 
-KEY = re.compile(r"^(argument --config: )?(Parser key|Option|Group|configuration:|out:|backend:|\w+(\.\w+)+:) ")  # of a configuration
+# How an error begins that is of a field of a configuration.
+KEY = re.compile(r"^(argument --config: )?(Parser key|Option|Group|configuration:|out:|backend:|\w+(\.\w+)+:) ")
 NUMBERS = (0, 1, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
 WORDS = (b"", b"0", b"-1", b"1e999", b"nan", b"9" * 30, b"9" * 5000, b"../x", b"/etc/passwd", b"..", b"a\0b", b"\xff",
          "\u00b2\u0663".encode(), b"x" * 300, b"x" * 140_000, b"null", b"true", b"[]", b"{}", b"[" * 3000, b'"', b",",
