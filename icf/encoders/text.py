@@ -36,6 +36,7 @@ LAION_FILES = ("630k-best.pt", "630k-audioset-best.pt", "630k-fusion-best.pt", "
                "music_speech_audioset_epoch_15_esc_89.98.pt")
 LAION_TOKENIZER = "roberta-base"
 
+DEEPEST = 200                                                               # layers of a text model
 TOKENIZER_FILES = (("tokenizer.json", "vocab.json"), ("tokenizer.json", "merges.txt"))     # alternatives, best first
 MODEL_FILES = (("config.json",), ("model.safetensors", "pytorch_model.bin"), *TOKENIZER_FILES)
 
@@ -217,11 +218,15 @@ def _from_transformers(kind: str, weights: str, key: str) -> tuple[ProjectedText
     transformers = _transformers(kind, key)
     folder = _folder(weights, MODEL_FILES, key)
     try:
-        family = read_json(folder / "config.json")["model_type"].split("_")[0]      # clip_text_model: clip
+        config = read_json(folder / "config.json")
+        family = config["model_type"].split("_")[0]                                 # clip_text_model: clip
+        layers = config.get("text_config", config).get("num_hidden_layers", 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{key}: {weights} has no config.json of a transformers model") from error
     if family != kind:
         raise ValueError(f"{key}: {weights} holds a model of type {family}, expected {kind}")
+    if isinstance(layers, int) and layers > DEEPEST:                                # all are made before one is read
+        raise ValueError(f"{key}: {weights} has {layers} layers, expected at most {DEEPEST}")
     try:
         with _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -569,11 +569,11 @@ def long_frame(path):
     path.write_bytes(pickle.dumps(torch.zeros(5, 1, 96, 64), 4).replace(b"\x80\x04\x95\x4c", b"\x80\x04\x95\x4e"))
 
 
-def without(setting):
-    """A text tower whose configuration says null for it."""
+def with_setting(setting, value):
+    """A text tower whose configuration says so."""
     def write(path):
         write_clip(path)
-        path.write_text(json.dumps({**json.loads(path.read_text()), setting: None}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), setting: value}))
     return write
 
 
@@ -611,8 +611,11 @@ HOSTILE = {  # what: file, how it is written, how it is read, what is said
                                   "other than named tensors"),
     "weights that are not finite": ("a.safetensors", lambda path: save_weights(path, {
         name: x / 0 for name, x in Small().state_dict().items()}, Config()), load_small, "does not fit|not finite"),
-    **({"text tower without a setting": ("clip/config.json", without("layer_norm_eps"), read_tower("clip"),
-                                         "cannot read a text")} if find_spec("transformers") else {}),
+    **({"text tower without a setting": ("clip/config.json", with_setting("layer_norm_eps", None), read_tower("clip"),
+                                         "cannot read a text"),
+        "text tower of endless depth": ("clip/config.json", with_setting("num_hidden_layers", 10**30),
+                                        read_tower("clip"), "expected at most 200")}
+       if find_spec("transformers") else {}),
     "code in a training state": ("checkpoints/step-00000001/model.safetensors", state_with_code, resume,
                                  "cannot be read as a training state of this model"),
 }
