@@ -265,7 +265,8 @@ def curves(history: dict) -> bytes:
         tint(axis, title, "step")
         axis.grid(alpha=0.25, color=INK)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, frameon=False, labelcolor=INK)
+            beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if axis is axes[0] else {}  # terms may be many
+            axis.legend(fontsize=7, frameon=False, labelcolor=INK, **beside)
     if any(value > 0 for row in steps for value in [row["loss"]]):
         axes[0].set_yscale("log")
     return png(figure)
