@@ -5,8 +5,8 @@
 import pytest
 import torch
 
-from icf.masks import class_map
-from icf.metrics import FScore, Jaccard, PixelScores, SemanticScores
+from icf.engine.masks import class_map
+from icf.engine.metrics import FScore, Jaccard, PixelScores, SemanticScores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FRAMES, CLASSES, SIZE = 40, 71, 224

@@ -20,8 +20,8 @@ import yaml
 
 from icf.cli import preset_file
 from icf.config import Config
-from icf.objective import ICFObjective
-from icf.profile import OPERATORS, OPTIMIZER, PARTS, Step, breakdown, peak_memory, ranges, trace
+from icf.objective.objective import ICFObjective
+from icf.studies.profile import OPERATORS, OPTIMIZER, PARTS, Step, breakdown, peak_memory, ranges, trace
 from icf_kernels._common.backend import use_backend
 from icf_kernels._common.testing import map_differentiable
 from icf_kernels.gw_contrast import api

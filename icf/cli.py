@@ -14,7 +14,7 @@ from typing import Literal
 import yaml
 from jsonargparse import ArgumentParser
 
-from .config import SUBSETS, Config, ToyConfig, build_config, config_parser
+from icf.config import SUBSETS, Config, ToyConfig, build_config, config_parser
 
 DEFAULT_PRESET = "toy-ms3"
 USAGE = """usage: icf COMMAND ...
@@ -54,7 +54,7 @@ def preset_file(name: str) -> str:
 
 def config_of(source: Path) -> str:
     """The configuration of a run folder or weights file, as YAML."""
-    from .checkpoint import read_config
+    from icf.engine.checkpoint import read_config
     return yaml.safe_dump(read_config(source).to_dict())
 
 
@@ -110,7 +110,7 @@ def train(args: list[str]) -> None:
         return [config_of(options.resume)]
 
     options, cfg = parse(own, args, base)
-    from .train import train as run
+    from icf.engine.train import train as run
     cfg.out = options.resume or cfg.out
     if with_icf and not options.resume and not any(arg.startswith("--out") for arg in args):
         cfg.out = cfg.out.with_name(f"{cfg.out.name}-icf")
@@ -136,8 +136,8 @@ def evaluate(args: list[str]) -> None:
         run_folder = Path(options.target)
         cfg.out = run_folder if run_folder.is_dir() else run_folder.parent
         cfg.out = cfg.out if options.split == "test" else cfg.out / options.split
-    from .evaluate import evaluate as run
-    from .evaluate import evaluate_masks
+    from icf.engine.evaluate import evaluate as run
+    from icf.engine.evaluate import evaluate_masks
     if options.masks is not None:
         evaluate_masks(options.masks, cfg, options.split, cfg.out)
         return
@@ -151,7 +151,7 @@ def export(args: list[str]) -> None:
     own.add_argument("run", type=Path)
     own.add_argument("file", type=Path, help=".safetensors")
     options = own.parse_args(args)
-    from .checkpoint import export as run
+    from icf.engine.checkpoint import export as run
     run(options.run, options.file)
 
 
@@ -171,8 +171,8 @@ def predict(args: list[str]) -> None:
         return [config_of(options.weights)]
 
     options, cfg = parse(own, args, base)
-    from .checkpoint import read_notes
-    from .predict import predict as run
+    from icf.engine.checkpoint import read_notes
+    from icf.engine.predict import predict as run
     source, device = Path(options.target), pick_device(options.device)
     out, classes = options.output or Path("predictions") / source.stem, read_notes(options.weights).get("classes")
     run(load(options.weights, device), cfg, source, out, device=device, silent_ok=options.silent_ok,
@@ -191,7 +191,7 @@ def compare(args: list[str]) -> None:
     own.add_argument("--root", type=Path, help="where the data is (default: where the first run had it)")
     own.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default a GPU if there is one")
     options = vars(own.parse_args(args))
-    from .compare import compare as run
+    from icf.studies.compare import compare as run
     options["device"] = pick_device(options["device"])
     print(run(**options))
 
@@ -213,8 +213,8 @@ def ablate(args: list[str]) -> None:
     options, configure = prepare(own, args)
     if options.target is not None:
         raise ValueError(f"ablate: expected options only, got {options.target!r}; --base names a preset")
-    from .ablate import ablate as run
-    from .ablate import figure_5, table_2
+    from icf.studies.ablate import ablate as run
+    from icf.studies.ablate import figure_5, table_2
     plan = figure_5 if options.figure else table_2
     base = preset_file(options.base)
     found = plan(lambda name: configure([base], [str(ablations()[name])]), options.rows)
@@ -235,7 +235,7 @@ def data_toy(args: list[str]) -> None:
     own.add_class_arguments(ToyConfig, as_group=False)
     own.add_argument("--subsets", type=list[Literal["s4", "ms3", "avss"]], default=["s4", "ms3", "avss"])
     options = vars(own.parse_args(args))
-    from .data.toy import generate
+    from icf.data.toy import generate
     generate(options.pop("folder"), **options)
 
 
@@ -247,7 +247,7 @@ def data_check(args: list[str]) -> None:
     own.add_argument("--deep", action="store_true", help="open every file instead of headers only")
     own.add_argument("--json", type=Path, help="also write the findings to this file")
     options = own.parse_args(args)
-    from .data.check import check
+    from icf.data.check import check
     report = check(options.root, options.subset, deep=options.deep)
     report.print()
     if options.json:
@@ -265,7 +265,7 @@ def data_import(args: list[str]) -> None:
     own.add_argument("--name", help="of the clip (default: of the file)")
     own.add_argument("--category", default="", help="what sounds")
     own.add_argument("--silent-ok", action="store_true", help="accept a video without sound")
-    from .data.folder import import_clip
+    from icf.data.folder import import_clip
     import_clip(**vars(own.parse_args(args)))
 
 
@@ -277,9 +277,8 @@ def info(args: list[str]) -> None:
                             "why not.").parse_args(args)
     from importlib.metadata import PackageNotFoundError, version
 
+    from icf import __version__
     from icf_kernels.info import report
-
-    from . import __version__
     print(f"icf {__version__}")
     print(report())
     for name in ("torchvision", "timm", "accelerate", "transformers", "diffusers", "triton", "laion_clap"):
@@ -300,8 +299,8 @@ def profile(args: list[str]) -> None:
     options, cfg = parse(own, args, lambda options: [preset_file(options.target or DEFAULT_PRESET)])
     if options.steps < 1:
         raise ValueError(f"profile: --steps must be at least 1, got {options.steps}")
-    from . import profile as profiling
-    from .ops import use_backend
+    from icf.ops import use_backend
+    from icf.studies import profile as profiling
     with use_backend(cfg.backend):
         if options.nvtx:
             profiling.emit_nvtx(cfg, options.steps, options.device)
@@ -323,7 +322,7 @@ def bench_run(args: list[str]) -> None:
                      help="where to (default: benchmarks/results/cpu.json, or gpu-NAME.json)")
     own.add_argument("--benchmarks", type=Path, default=Path("benchmarks"), help="folder of the benchmarks")
     options, rest = own.parse_known_args(args)
-    from .bench import run
+    from icf.studies.bench import run
     sys.exit(run(options.benchmarks, options.json, rest))
 
 
@@ -336,7 +335,7 @@ def bench_report(args: list[str]) -> None:
                      "benchmarks/README.md)")
     own.add_argument("--plots", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
     options = own.parse_args(args)
-    from .bench import report, saved
+    from icf.studies.bench import report, saved
     report(options.json or saved(Path("benchmarks/results")),
            options.into or [Path("README.md"), Path("benchmarks/README.md")], options.plots)
 
@@ -379,7 +378,7 @@ def pick_device(name: str | None) -> str:
 
 
 def load(source: str | Path, device: str):
-    from .checkpoint import load_model
+    from icf.engine.checkpoint import load_model
     return load_model(Path(source), device)[0]
 
 

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from .files import read_yaml
+from icf.files import read_yaml
 
 SUBSETS = ("s4", "ms3", "avss", "folder")
 Subset = Literal["s4", "ms3", "avss", "folder"]

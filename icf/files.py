@@ -1,9 +1,12 @@
-"""Files of text that users bring along: what they hold, or one error that names the file."""
+"""Files: text that users bring along, read or refused in one error that names the file; files written whole or not at all."""
 from __future__ import annotations
 
 import csv
 import io
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -59,3 +62,35 @@ def read_csv(path: Path) -> list[list[str]]:
     except csv.Error as error:
         raise ValueError(f"{path}: line {lines.line_num} is not CSV ({error})") from None
     return [row for row in rows if any(row)]
+
+
+def write_atomic(path: Path, write: Callable[[Path], object], durable: bool = False) -> None:
+    """Let ``write`` fill a temporary neighbour of ``path``, a file or a folder, then move it into place.
+
+    Whatever happens on the way (a full disk, a kill), ``path`` holds the old content or the new, never a part; where it
+    is ``durable``, after a power cut, too, for which it waits for the disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(temporary)
+        if durable:
+            flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder with what is in it, is on the disk, and not only on its way there."""
+    if os.name != "posix":  # elsewhere neither folders nor what was opened to be read can be waited for
+        return
+    for item in (path, *path.rglob("*")):
+        handle = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

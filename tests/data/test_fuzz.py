@@ -29,7 +29,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from icf.checkpoint import load_state, load_weights, read_config, read_notes, save_state, save_weights
 from icf.config import Config, DataConfig, build_config, config_parser
 from icf.data import toy
 from icf.data.audio import load_log_mel, log_mel_examples, read_waveform
@@ -38,11 +37,12 @@ from icf.data.check import CHECKS, LEVELS, check
 from icf.data.folder import open_frames, read_clips
 from icf.data.transforms import resize_frame
 from icf.data.video import open_video, read_sound, write_video
-from icf.encoders.text import text_tower
-from icf.encoders.weights import read_weights
-from icf.evaluate import read_history, read_mask, read_results
-from icf.report import curves
-from icf.train import Progress
+from icf.engine.checkpoint import load_state, load_weights, read_config, read_notes, save_state, save_weights
+from icf.engine.evaluate import read_history, read_mask, read_results
+from icf.engine.report import curves
+from icf.engine.train import Progress
+from icf.objective.towers import text_tower
+from icf.weights import read_weights
 
 CLIPS = ("first", "second")
 

@@ -10,11 +10,14 @@ from PIL import Image
 from icf.data import toy
 from icf.data.audio import load_log_mel
 from icf.data.avsbench import binary_mask, class_palette, read_index, read_label
+from icf.data.toy import files
+from icf.data.toy.scene import EXTENT, INSIDE, MOMENT, SIDE, Settings, compose, covers
+from icf.data.toy.sounds import examples, hear, play, timbre
 
 
 def scenes(source, split, count, **settings):
-    settings = toy.Settings(**settings)
-    return [toy.compose(settings, source, split, np.random.default_rng((9, index))) for index in range(count)]
+    settings = Settings(**settings)
+    return [compose(settings, source, split, np.random.default_rng((9, index))) for index in range(count)]
 
 
 def generate(root, subset, **settings):
@@ -63,13 +66,13 @@ def test_share_of_clips_in_which_the_salient_shape_sounds(split, settings, expec
 
 @pytest.mark.parametrize("source", ["s4", "ms3", "v2"])
 def test_shapes_of_a_clip(source):
-    y, x = np.mgrid[:toy.SIDE, :toy.SIDE]
+    y, x = np.mgrid[:SIDE, :SIDE]
     for scene in scenes(source, "train", 8, visible=(1, 4)):
         assert len({shape.kind for shape in scene.shapes} | {kind for kind, _ in scene.elsewhere}) == \
             len(scene.shapes) + len(scene.elsewhere)
         assert [shape.salient for shape in scene.shapes].count(True) == 1
         for second in range(scene.seconds):
-            masks = [toy.covers(shape, x, y, second + toy.MOMENT) for shape in scene.shapes]
+            masks = [covers(shape, x, y, second + MOMENT) for shape in scene.shapes]
             assert not any(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any() for mask in masks)
             for a, b in itertools.combinations(masks, 2):
                 assert (a & b).sum() <= 0.33 * min(a.sum(), b.sum())  # 0.3 as judged on a coarser grid
@@ -79,9 +82,9 @@ def test_shapes_of_a_clip(source):
                                          ("cross", 2.41), ("star", None)])
 def test_area_of_a_shape(kind, share):
     y, x = (np.mgrid[:400, :400] - 200) / 100
-    area = toy.INSIDE[kind](x, y).mean() * 16
+    area = INSIDE[kind](x, y).mean() * 16
     assert area == pytest.approx(share or 5 * 1.2 * 0.55 * np.sin(np.pi / 5), rel=0.02)
-    assert np.hypot(x, y)[toy.INSIDE[kind](x, y)].max() <= toy.EXTENT + 0.01
+    assert np.hypot(x, y)[INSIDE[kind](x, y)].max() <= EXTENT + 0.01
 
 
 def test_salient_shape_stands_out_as_far_as_asked():
@@ -110,15 +113,15 @@ def test_sounds_switch_on_and_off_for_two_seconds_at_least(source):
 @pytest.mark.parametrize("kind", toy.CLASSES)
 def test_timbre_is_told_by_ear(kind):
     for seed in range(3):
-        sound = 0.1 * toy.timbre(kind, 80000, np.random.default_rng(seed))
+        sound = 0.1 * timbre(kind, 80000, np.random.default_rng(seed))
         assert np.sqrt(np.mean(sound**2)) == pytest.approx(0.1)
-        assert toy.hear(toy.examples(sound), most=2) == [{kind}] * 5
+        assert hear(examples(sound), most=2) == [{kind}] * 5
 
 
 def test_sound_keeps_its_levels(toy_root):
     for seed in range(6):
-        scene = toy.compose(toy.Settings(), "ms3", "train", np.random.default_rng(seed))
-        sound = toy.play(scene, np.random.default_rng(seed)) / 32768
+        scene = compose(Settings(), "ms3", "train", np.random.default_rng(seed))
+        sound = play(scene, np.random.default_rng(seed)) / 32768
         assert np.abs(sound).max() <= 10 ** (-1 / 20)
         for second in range(5):
             level = np.sqrt(np.mean(sound[16000 * second + 400:16000 * second + 15600] ** 2))
@@ -193,8 +196,8 @@ def test_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return written(task)
 
-    written = toy.write_clip
-    monkeypatch.setattr(toy, "write_clip", interrupt)
+    written = files.write_clip
+    monkeypatch.setattr(files, "write_clip", interrupt)
     with pytest.raises(KeyboardInterrupt):
         generate(tmp_path, "s4")
     assert list(tmp_path.iterdir()) == []

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from icf.cdcl import CDCL
 from icf.config import CDCLConfig, MITConfig, ObjectiveConfig, SCConfig
 from icf.context import LevelFeatures, VisualContext
-from icf.decoder import Decoder
-from icf.losses import dense_losses
-from icf.mit import MIT, Text
-from icf.objective import build_towers
-from icf.pixel_decoder import PixelDecoder
-from icf.sc import SC, Counterfactuals
+from icf.model.decoder import Decoder
+from icf.model.losses import dense_losses
+from icf.model.pixel_decoder import PixelDecoder
+from icf.objective.cdcl import CDCL
+from icf.objective.mit import MIT, Text
+from icf.objective.objective import build_towers
+from icf.objective.sc import SC, Counterfactuals
 
 B, T, D = 3, 5, 24
 MIT_CONFIG = MITConfig(frame="hash", video="hash", audio="hash", texts=6)

@@ -3,9 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from icf.decoder import Decoder, Fusion, MaskedDecoder
-from icf.pixel_decoder import PixelDecoder
-from icf.position import pixel_centers, sine_position
+from icf.model.decoder import Decoder, Fusion, MaskedDecoder
+from icf.model.pixel_decoder import PixelDecoder
+from icf.model.position import pixel_centers, sine_position
 
 N, T, C = 10, 5, 16
 

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import resnet50
 
-from icf.encoders.audio import VGGish
-from icf.encoders.visual import VisualEncoder
+from icf.model.audio import VGGish
+from icf.model.visual import VisualEncoder
 
 
 @pytest.mark.parametrize(("name", "channels", "millions"), [

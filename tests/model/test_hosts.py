@@ -2,11 +2,13 @@
 import pytest
 import torch
 
-from icf.checkpoint import export, load_model, save_weights
 from icf.cli import main
 from icf.config import Config
-from icf.hosts import SoundAttention
-from icf.model import ICF, SILENT, Packing, build_model
+from icf.engine.checkpoint import export, load_model, save_weights
+from icf.model.build import build_model
+from icf.model.hosts import SoundAttention
+from icf.model.icf import ICF
+from icf.model.packing import SILENT, Packing
 
 HOSTS = ["tpavi", "avsegformer"]
 SMALL = {
@@ -231,6 +233,6 @@ def test_a_matched_head_is_refused():
     (["--with-icf", "--out", "mine"], True, "mine")])
 def test_the_flag_adds_the_objective_and_keeps_both_runs_apart(more, enabled, out, monkeypatch):
     runs = []
-    monkeypatch.setattr("icf.train.train", lambda cfg, resume: runs.append(cfg))
+    monkeypatch.setattr("icf.engine.train.train", lambda cfg, resume: runs.append(cfg))
     main(["train", "toy-tpavi", *more])
     assert runs[0].objective.enabled == enabled and str(runs[0].out) == out and runs[0].model.network == "tpavi"

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from icf import losses
-from icf.losses import Losses, class_losses, dense_losses, matched_losses
+from icf.model import losses
+from icf.model.losses import Losses, class_losses, dense_losses, matched_losses
 
 
 def masks(n=3, size=16, classes=2):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from icf.config import Config
-from icf.model import ICF
+from icf.model.icf import ICF
 from icf_kernels._common.backend import PROBLEM, use_backend
 from icf_kernels._common.testing import Calls
 

@@ -1,0 +1,1 @@
+"""What runs a model: training, evaluation, prediction, checkpoints, metrics, reports."""

@@ -1,0 +1,357 @@
+"""Segment what sounds in a video, or in a folder of pictures with a sound file, of any length in flat memory."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from icf import __version__
+from icf.config import Config
+from icf.data import Clip, collate
+from icf.data.audio import RATE, log_mel_examples
+from icf.data.avsbench import class_palette, find_root, read_classes
+from icf.data.folder import FrameFolder, open_frames
+from icf.data.transforms import resize_frame
+from icf.data.video import Video, open_video, read_sound, write_video
+from icf.engine.masks import class_map
+from icf.ops import use_backend
+
+RECORD = "predictions.json"
+OUTPUTS = ("masks", "overlay.mp4", "contact_sheet.png", RECORD)  # the record last: it marks a finished prediction
+FOREGROUND = (230, 40, 60)  # RGB of a binary mask in the overlay
+
+
+@dataclass
+class Second:
+    """What is kept of one second: its place, the time of its picture, the picture for the model and a small one."""
+
+    index: int
+    time: float
+    frame: Tensor  # [3,size,size] uint8
+    thumbnail: Image.Image
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, cfg: Config, source: Path, out: Path, *, device: torch.device | str = "cpu",
+    threshold: float | None = None, silent_ok: bool = False, overlap: int = 0, batch: int = 1, progress: bool = True,
+    classes: Sequence[str] | None = None,
+) -> dict:
+    """Segment `source` second by second and write masks, an overlay video, a contact sheet and a record to `out`.
+
+    The source goes through the model in windows of `cfg.data.frames` seconds: pictures i + 15/16 s and their sound. The
+    last window is completed by repeating its last picture with silence, and what the model says of that is dropped.
+    Memory does not depend on the length of the source.
+
+    `out` receives `masks/00000.png` ... (source size; 0 and 255, or class indices with a palette), `overlay.mp4` (every
+    picture of the source under the mask of its second, with the sound), `contact_sheet.png` and `predictions.json`.
+    They appear when all is done; those of an earlier prediction are replaced.
+
+    Args:
+        model: gives for a `Batch` in eval mode logits [B,T,1,h,w], or class scores [B,T,C,h,w].
+        cfg: of the model: `data.size`, `data.frames`, `data.subset`, `data.audio_timing`, `eval.threshold`, `backend`.
+        source: a video file, or a folder of pictures (one per second) with one sound file.
+        out: folder, made if missing.
+        threshold: of the probability of foreground, in 0..1; None for `cfg.eval.threshold`.
+        silent_ok: take a source without sound track as silent.
+        overlap: seconds that neighbouring windows share; their probabilities are averaged.
+        batch: windows per step of the model.
+        progress: show progress bars on stderr, and in the end say where the results are.
+        classes: names of the classes from index 0 (background) on, for the record and the contact sheet; None for those
+            of the data at `cfg.data.root`, or numbers where that is missing.
+
+    Returns:
+        What is written to `predictions.json`.
+
+    Raises:
+        ValueError: one line, where the source is missing, broken or without sound, an argument is out of range,
+            `out` holds other things under the names of the outputs, or `cfg.backend` cannot run here.
+    """
+    threshold = cfg.eval.threshold if threshold is None else threshold
+    window = cfg.data.frames
+    if not 0 <= overlap < window:
+        raise ValueError(f"overlap: expected 0 to {window - 1} seconds for windows of {window}, got {overlap}")
+    if batch < 1 or not 0 < threshold < 1:
+        raise ValueError(f"batch and threshold: expected at least 1 and in 0..1, got {batch} and {threshold}")
+    source, out = Path(source), Path(out)
+    material = open_frames(source, silent_ok) if source.is_dir() else open_video(source, silent_ok)
+    if source.resolve() == out.resolve():
+        raise ValueError(f"{out}: the results need a folder of their own, not the one of the source")
+    binary = cfg.model.classes == 1
+    names = list(classes or _class_names(cfg))
+    if len(names) != max(2, cfg.model.classes):
+        raise ValueError(f"classes: expected {max(2, cfg.model.classes)} names with background, got {len(names)}")
+    palette = np.array([(0, 0, 0), FOREGROUND], np.uint8) if binary else class_palette(len(names))  # [classes,3]
+    model = model.to(device).eval()
+
+    with use_backend(cfg.backend), _staged(out) as folder, _bars(progress) as bar:
+        (folder / "masks").mkdir()
+        sheet, rows = ContactSheet(palette), []
+        seconds = _seconds(material, cfg.data.size)
+        scores = _scores(model, cfg, material, seconds, overlap, batch, device)
+        for second, score in bar(scores, "segment", material.duration):
+            mask, found = _mask(score, material.height, material.width, threshold, names)
+            name = f"masks/{second.index:05d}.png"
+            _save_mask(folder / name, mask, palette, binary)
+            sheet.add(second, mask, found)
+            rows.append({"second": second.index, "time": second.time, "mask": name,
+                         "area": float((mask > 0).mean()), "classes": found})
+        frames = _painted(material, folder, len(rows), palette)
+        total = material.duration and material.duration * float(material.frame_rate)
+        write_video(folder / "overlay.mp4", bar(frames, "overlay", total), material.frame_rate, material.time_base,
+                    material.sound, material.start)
+        sheet.save(folder / "contact_sheet.png")
+        record = {"version": __version__, "source": str(source), "width": material.width, "height": material.height,
+                  "sound": material.sound is not None, "window": window, "overlap": overlap, "threshold": threshold,
+                  "classes": names, "seconds": rows}
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if progress:
+        print(f"{out}: {', '.join(OUTPUTS)} ({len(rows)} s)")
+    return record
+
+
+def _seconds(material: Video | FrameFolder, size: int) -> Iterator[Second]:
+    for index, (time, picture) in enumerate(material.sampled()):
+        image = Image.fromarray(picture)
+        thumbnail = image.copy()
+        thumbnail.thumbnail(ContactSheet.TILE)
+        yield Second(index, float(time), resize_frame(image, size), thumbnail)
+
+
+def _scores(
+    model: nn.Module, cfg: Config, material: Video | FrameFolder, seconds: Iterable[Second], overlap: int, batch: int,
+    device: torch.device | str,
+) -> Iterator[tuple[Second, Tensor]]:
+    """Every second with its foreground probability [1,h,w] or class scores [C,h,w], averaged over the windows."""
+    step = cfg.data.frames - overlap
+    pending: dict[int, list] = {}  # second -> [Second, sum of scores, number of windows]
+    sounds = _sound_windows(material, cfg.data.frames, step)
+    windows = zip(_windows(seconds, cfg.data.frames, step), sounds, strict=False)
+    while group := list(islice(windows, batch)):
+        inputs = collate([_clip(cfg, window, sound) for window, sound in group]).to(device)
+        scores = model(inputs).float()                                        # [B,T,C,h,w]
+        if scores.shape[2] == 1:
+            scores = scores.sigmoid()
+        for (window, _), score in zip(group, scores, strict=True):
+            for second, value in zip(window, score, strict=False):            # without the repeated pictures
+                entry = pending.setdefault(second.index, [second, 0, 0])
+                entry[1], entry[2] = entry[1] + value, entry[2] + 1
+            for index in range(window[0].index, min(window[0].index + step, window[-1].index + 1)):
+                second, total, count = pending.pop(index)
+                yield second, total / count
+    for second, total, count in pending.values():
+        yield second, total / count
+
+
+def _windows(seconds: Iterable[Second], size: int, step: int) -> Iterator[list[Second]]:
+    """Up to `size` seconds every `step`; a shorter last one only where it holds a second that is in no other."""
+    held: list[Second] = []
+    for second in seconds:
+        held.append(second)
+        if len(held) == size:
+            yield held
+            held = held[step:]
+    if held and (held[0].index == 0 or len(held) > size - step):
+        yield held
+
+
+def _sound_windows(material: Video | FrameFolder, size: int, step: int) -> Iterator[np.ndarray]:
+    """Sound [16000 * size] every `step` seconds, without end: silence follows the sound."""
+    pieces = chain(read_sound(material.sound, material.start) if material.sound else (),
+                   repeat(np.zeros(RATE, np.float32)))
+    held: list[np.ndarray] = []
+    while True:
+        while sum(map(len, held)) < RATE * size:
+            held.append(next(pieces))
+        sound = np.concatenate(held)
+        yield sound[:RATE * size]
+        held = [sound[RATE * step:]]
+
+
+def _clip(cfg: Config, window: list[Second], sound: np.ndarray) -> Clip:
+    """The model's view of a window, completed by its last picture and silence."""
+    length = cfg.data.frames
+    frames = torch.stack([second.frame for second in window + window[-1:] * (length - len(window))])  # [T,3,size,size]
+    waveform = torch.from_numpy(sound).clone()
+    waveform[RATE * len(window):] = 0
+    pad = "zero" if cfg.data.subset == "avss" else "repeat"
+    real = torch.ones(length, dtype=torch.bool)
+    return Clip(frames=frames, log_mel=log_mel_examples(waveform, cfg.data.audio_timing, length, pad),
+                masks=torch.zeros(length, *frames.shape[2:], dtype=torch.uint8), frame_mask=real, label_mask=~real,
+                name=f"{window[0].index:05d}")
+
+
+def _mask(
+    score: Tensor, height: int, width: int, threshold: float, names: Sequence[str]
+) -> tuple[np.ndarray, list[dict]]:
+    """Mask [height,width] uint8 of foreground probability [1,h,w] or class scores [C,h,w], and what it shows.
+
+    Scores are enlarged bilinearly before the decision, of the classes that win somewhere; so outlines are smooth, and
+    enlarging brings up no further class.
+    """
+    if len(score) == 1:
+        candidates = torch.tensor([1])
+        full = _enlarge(score, height, width)                                 # [1,height,width]
+        mask = (full[0] > threshold).to(torch.uint8)
+    else:
+        candidates = class_map(score[None]).unique().long()                   # [K]
+        full = _enlarge(score[candidates.to(score.device)], height, width)    # [K,height,width]
+        mask = candidates.to(torch.uint8).to(score.device)[full.argmax(0)]
+    found = []
+    for index, channel in zip(candidates.tolist(), full, strict=True):
+        inside = mask == index
+        area = inside.sum().item()
+        if index and area:
+            found.append({"index": index, "name": names[index], "area": area / mask.numel(),
+                          "score": channel[inside].mean().item()})
+    return mask.cpu().numpy(), sorted(found, key=lambda item: -item["area"])
+
+
+def _enlarge(score: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(score[None], (height, width), mode="bilinear", align_corners=False)[0]
+
+
+def _class_names(cfg: Config) -> list[str]:
+    """Names from the data that the model was made for, where they are at hand, else numbers."""
+    if cfg.model.classes == 1:
+        return ["background", "sounding"]
+    try:
+        names = read_classes(find_root(cfg.data.root, "avss") if cfg.data.subset == "avss" else Path(cfg.data.root))
+    except (FileNotFoundError, ValueError):
+        names = []
+    return names if len(names) == cfg.model.classes else [
+        "background", *(f"class {index}" for index in range(1, cfg.model.classes))]
+
+
+def _save_mask(path: Path, mask: np.ndarray, palette: np.ndarray, binary: bool) -> None:
+    if binary:
+        Image.fromarray(mask * np.uint8(255)).save(path)
+        return
+    image = Image.fromarray(mask).convert("P")
+    image.putpalette(palette.tobytes())
+    image.save(path)
+
+
+class Paint:
+    """The colours of one mask, laid over pictures: half transparent, with a solid outline.
+
+    Args:
+        mask: [height,width] uint8, index into `palette`, 0 for nothing.
+        palette: [classes,3] uint8.
+    """
+
+    def __init__(self, mask: np.ndarray, palette: np.ndarray) -> None:
+        labels = torch.from_numpy(mask.astype(np.float32))[None, None]         # [1,1,height,width]
+        reach = max(1, min(mask.shape) // 240)
+        window = {"kernel_size": 2 * reach + 1, "stride": 1, "padding": reach}
+        edge = F.max_pool2d(labels, **window) != -F.max_pool2d(-labels, **window)
+        outline = (edge[0, 0].numpy() & (mask > 0))[..., None]
+        self.shift = np.where(outline, 8, mask[..., None] > 0).astype(np.uint8)  # pixel >> 8 is 0, >> 1 is half of it
+        self.add = np.where(outline, palette[mask], palette[mask] // 2)        # [height,width,3]
+
+    def __call__(self, picture: np.ndarray) -> np.ndarray:
+        """A painted copy of [height,width,3] uint8."""
+        return (picture >> self.shift) + self.add
+
+
+def _painted(material: Video | FrameFolder, folder: Path, seconds: int, palette: np.ndarray) -> Iterator[tuple]:
+    """All pictures with their times under the mask of their second; the last mask stays for what follows it."""
+    current, paint = -1, None
+    for time, picture in material.frames():
+        second = min(int(time), seconds - 1)
+        if second != current:
+            with Image.open(folder / "masks" / f"{second:05d}.png") as image:
+                mask = np.minimum(image, len(palette) - 1)  # 255 of a binary mask is 1
+            current, paint = second, Paint(mask, palette)
+        yield time, paint(picture)
+
+
+class ContactSheet:
+    """Picture | overlay pairs with their times, at most `LIMIT` of them, evenly spread however many are added."""
+
+    TILE, LIMIT, COLUMNS, CAPTION = (240, 180), 24, 3, 16  # pixels; pairs; pairs in a row; pixels
+
+    def __init__(self, palette: np.ndarray) -> None:
+        self.palette, self.every, self.pairs = palette, 1, []
+
+    def add(self, second: Second, mask: np.ndarray, found: list[dict]) -> None:
+        if second.index % self.every:
+            return
+        small = np.asarray(Image.fromarray(mask).resize(second.thumbnail.size, Image.Resampling.NEAREST))
+        picture = np.asarray(second.thumbnail)
+        text = f"{second.time:.2f} s"
+        if len(self.palette) > 2:
+            text = ", ".join([text, *(item["name"] for item in found)])
+        self.pairs.append((text, np.hstack((picture, Paint(small, self.palette)(picture)))))
+        if len(self.pairs) > self.LIMIT:
+            self.pairs, self.every = self.pairs[::2], self.every * 2
+
+    def save(self, path: Path) -> None:
+        height, width = self.pairs[0][1].shape[:2]
+        columns = min(self.COLUMNS, len(self.pairs))
+        rows = -(-len(self.pairs) // columns)
+        step_x, step_y = width + 8, height + self.CAPTION + 8
+        sheet = Image.new("RGB", (columns * step_x + 8, rows * step_y + 8), "white")
+        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+        for place, (text, pair) in enumerate(self.pairs):
+            x, y = 8 + place % columns * step_x, 8 + place // columns * step_y
+            while draw.textlength(text, font) > width:
+                text = text[:-2].rstrip("…") + "…"
+            draw.text((x, y), text, "black", font)
+            sheet.paste(Image.fromarray(pair), (x, y + self.CAPTION))
+        sheet.save(path)
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A temporary folder in `out`, whose `OUTPUTS` move to `out` when the block ends well and vanish otherwise."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: expected a folder, got a file")
+    taken = [name for name in OUTPUTS if (out / name).exists()]
+    if taken and not (out / RECORD).is_file():
+        raise ValueError(f"{out}: holds {taken[0]} but no {RECORD}, so no earlier prediction; name another folder")
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(prefix=".partial-", dir=out) as folder:
+            yield Path(folder)
+            (out / RECORD).unlink(missing_ok=True)
+            for name in OUTPUTS:
+                if (out / name).is_dir():
+                    shutil.rmtree(out / name)
+                os.replace(Path(folder) / name, out / name)
+    except BaseException:
+        if new and not any(out.iterdir()):
+            out.rmdir()
+        raise
+
+
+@contextmanager
+def _bars(show: bool) -> Iterator[Callable]:
+    """A function `bar(items, text, total)` that passes items through and shows how many of `total` (or None) went."""
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), TextColumn("{task.completed:.0f}"),
+               TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as display:
+
+        def bar(items: Iterable, text: str, total: float | None) -> Iterator:
+            task = display.add_task(text, total=total)
+            for item in items:
+                yield item
+                display.advance(task)
+            display.update(task, total=display.tasks[task].completed)
+
+        yield bar

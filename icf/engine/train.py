@@ -1,0 +1,341 @@
+"""Training: the loop on Accelerate, its checkpoints, and what a run folder holds.
+
+A run folder holds ``config.yaml`` (resolved), ``metrics.json`` (losses and validation scores), ``checkpoints/``
+(training states to resume from), ``best.safetensors`` and ``last.safetensors`` (weights with their configuration
+inside), ``tensorboard/``, and, once training has ended, the evaluation of the test split with ``report.html``.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+
+from icf.config import Config, TrainConfig
+from icf.data import build_dataset, collate
+from icf.engine.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    load_state,
+    load_weights,
+    remove_partial,
+    save_state,
+    save_weights,
+    states,
+    step_of,
+)
+from icf.engine.evaluate import evaluate, validate
+from icf.files import write_atomic
+from icf.model.build import build_model
+from icf.ops import use_backend
+
+
+@dataclass
+class Progress:
+    """How far a run has come; saved with every training state, so that a resumed run goes on where it stopped."""
+
+    epoch: int = 0  # epochs finished
+    batch: int = 0  # batches of the current epoch finished, on each process
+    step: int = 0  # optimiser steps
+    best: float = -1.0  # highest J&F on the validation split
+    steps: list[dict] = field(default_factory=list)  # losses and learning rate, every train.log_every steps
+    evaluations: list[dict] = field(default_factory=list)  # scores of the validation split
+
+    state_dict = asdict
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in asdict(self).items():
+            if type(state[name]) is not type(value):
+                raise TypeError(f"{name}: expected {type(value).__name__}, got {type(state[name]).__name__}")
+        self.__dict__.update(state)
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation of ``n`` clips that depends on (seed, epoch) alone, from the ``start``-th on.
+
+    Resuming sets ``start``, so nothing is loaded twice and the order is that of the uninterrupted run.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.seed, self.epoch, self.start = n, seed, 0, 0
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.n, generator=generator)[self.start:].tolist())
+
+    def __len__(self) -> int:
+        return max(self.n - self.start, 0)
+
+
+def train(cfg: Config, resume: bool = False) -> dict:
+    """Train the model of ``cfg``, then evaluate the best weights on the test split and write the report.
+
+    Args:
+        resume: go on from the newest training state in ``cfg.out``. The result is that of an uninterrupted run.
+
+    Returns:
+        The scores of the test split.
+
+    Raises:
+        FileExistsError: ``cfg.out`` holds a run already and ``resume`` is not set.
+        FileNotFoundError: there is nothing to resume.
+        ValueError: ``cfg.backend`` cannot run here.
+        OSError: the machine ended the run (a full disk, a killed reader, no memory); the message tells how to go on.
+    """
+    with use_backend(cfg.backend):
+        accelerator = start(cfg, resume)
+        with machine_errors(cfg.out):
+            return run(accelerator, cfg, resume)
+
+
+def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
+    with accelerator.main_process_first():  # which writes the toy benchmark where it is missing
+        train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
+    train_set.seed = cfg.train.seed
+    sampler = EpochSampler(len(train_set), cfg.train.seed)
+    loader = build_loader(train_set, cfg, sampler)
+
+    set_seed(cfg.train.seed)
+    model = build_model(cfg, pretrained=not resume)
+    if cfg.train.init_from is not None and not resume:
+        kept = load_weights(model, cfg.train.init_from, strict=False)
+        accelerator.print(f"started from {cfg.train.init_from}" + (f"; new: {', '.join(kept)}" if kept else ""))
+    compile_model(model, cfg.train)
+    epochs, total_steps = length(cfg.train, len(loader), accelerator.num_processes)
+    optimizer = AdamW(parameter_groups(model, cfg.train), fused=accelerator.device.type in ("cpu", "cuda"))
+    schedule = LambdaLR(optimizer, lambda step: lr_factor(cfg.train, step, total_steps))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if cfg.objective.enabled and cfg.objective.mit.enabled:
+        accelerator.print(accelerator.unwrap_model(model).objective.mit.cost())
+    progress = Progress()
+    if resume:
+        load_state(accelerator, newest_state(cfg.out), schedule=schedule, progress=progress)
+    else:
+        save_state(accelerator, cfg.out, progress.step, schedule=schedule, progress=progress)  # something to resume
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
+
+    bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
+    with stop_requested(accelerator) as stopping, bar:
+        while progress.epoch < epochs and progress.step < total_steps:
+            loader.set_epoch(progress.epoch)  # and of the data set; by itself it counts from the epoch resumed in
+            sampler.epoch = progress.epoch
+            sampler.start = progress.batch * cfg.train.batch * accelerator.num_processes
+            if train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, total_steps, bar, stopping):
+                save_state(accelerator, cfg.out, progress.step, schedule=schedule, progress=progress)
+                raise KeyboardInterrupt(f"stopped and saved; icf train --resume {cfg.out} goes on")
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+            finished = progress.epoch >= epochs or progress.step >= total_steps
+            if finished or (cfg.train.evaluate_every and progress.epoch % cfg.train.evaluate_every == 0):
+                validation(accelerator, model, val_set, cfg, progress)
+            save_state(accelerator, cfg.out, progress.step, schedule=schedule, progress=progress)
+    return finish(accelerator, model, cfg)
+
+
+def start(cfg: Config, resume: bool) -> Accelerator:
+    """The accelerator, in a run folder that holds the configuration."""
+    no_device = not torch.accelerator.is_available()  # told, several processes share the work on CPUs too
+    accelerator = Accelerator(cpu=no_device, mixed_precision=cfg.train.amp,
+                              gradient_accumulation_steps=cfg.train.accumulate, log_with="tensorboard",
+                              project_dir=str(cfg.out), dataloader_config=DataLoaderConfiguration(non_blocking=True))
+    if resume:
+        newest_state(cfg.out)
+    elif states(cfg.out) or (cfg.out / WEIGHTS).exists():
+        raise FileExistsError(f"{cfg.out} holds a run already: --resume {cfg.out} goes on with it, --out names another "
+                              "folder, or remove it")
+    if accelerator.is_main_process:
+        remove_partial(cfg.out)
+        write_atomic(cfg.out / CONFIG, lambda path: path.write_text(yaml.safe_dump(cfg.to_dict(), sort_keys=False)))
+    accelerator.wait_for_everyone()
+    return accelerator
+
+
+def newest_state(run: Path) -> Path:
+    if not states(run):
+        raise FileNotFoundError(f"{run} holds no training state to resume from; icf train without --resume starts anew")
+    return states(run)[0]
+
+
+# What libraries say, in a RuntimeError, where the machine failed and not the program.
+ONEDNN = "could not create a primitive"
+MACHINE = re.compile(rf"DataLoader worker \(pid|Too many open files|allocate memory|out of memory|{ONEDNN}")
+
+
+@contextmanager
+def machine_errors(run: Path) -> Iterator[None]:
+    """Tells in one line what of the machine ended a run, and how to go on; other errors pass as they are."""
+    show = threading.excepthook
+    # TensorBoard's thread hands its error to the loop, too
+    threading.excepthook = lambda failed: None if failed.exc_type is OSError else show(failed)
+    try:
+        yield
+    except Exception as error:
+        machine = type(error) in (OSError, MemoryError) or MACHINE.search(str(error))  # its subclasses name a setting
+        if not machine or not states(run):
+            raise
+        said = (str(error) or "out of memory").strip().splitlines()[-1]  # before it, the traceback of a reader
+        said = f"out of memory, it seems: {said}" if said == ONEDNN else said
+        raise OSError(f"{said}; icf train --resume {run} goes on after step {step_of(states(run)[0])}") from error
+    finally:
+        threading.excepthook = show
+
+
+def build_loader(dataset: Dataset, cfg: Config, sampler: Sampler) -> DataLoader:
+    """Batches of clips, read by ``data.workers`` processes into pinned memory where a GPU will take them."""
+    workers = cfg.data.workers if cfg.data.workers is not None else min(4, len(os.sched_getaffinity(0)) // 2)
+    return DataLoader(dataset, cfg.train.batch, sampler=sampler, num_workers=workers, collate_fn=collate,
+                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+
+
+def compile_model(model: nn.Module, train: TrainConfig) -> None:
+    """In place, so that names of parameters and what wraps the model stay as they are."""
+    if train.compile != "no":
+        model.compile(backend=train.compile)
+
+
+def length(train: TrainConfig, batches: int, processes: int) -> tuple[int, int]:
+    """Epochs and optimiser steps of the whole run; ``batches`` is what one process would see in an epoch."""
+    steps_per_epoch = math.ceil(math.ceil(batches / processes) / train.accumulate)
+    if train.iters is None:
+        return train.epochs, train.epochs * steps_per_epoch
+    return math.ceil(train.iters / steps_per_epoch), train.iters
+
+
+def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict]:
+    """AdamW's groups: no decay for norms, biases and embeddings, a smaller rate for the visual encoder *(COMBO)*."""
+    no_decay = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and id(parameter) not in no_decay
+            groups.setdefault((name.startswith("visual."), decays), []).append(parameter)
+    return [{"params": parameters, "lr": train.lr * (train.backbone_lr if backbone else 1),
+             "weight_decay": train.weight_decay if decays else 0.0}
+            for (backbone, decays), parameters in groups.items()]
+
+
+def lr_factor(train: TrainConfig, step: int, total: int) -> float:
+    """What the learning rates are multiplied by at ``step`` of ``total``."""
+    if step < train.warmup:
+        return (step + 1) / train.warmup
+    done = min((step - train.warmup) / max(total - train.warmup, 1), 1.0)
+    return {"poly": (1 - done) ** train.power, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[
+        train.schedule]
+
+
+def train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, total_steps, bar, stopping) -> bool:
+    """The rest of the epoch that ``progress`` stands in. Returns early, with True, where a stop was asked for."""
+    model.train()
+    for batch in loader:
+        # What is random in a step depends on (seed, step, process) alone, so a resumed run needs no generator states.
+        torch.manual_seed((cfg.train.seed * 1_000_003 + progress.step) * 1009 + accelerator.process_index)
+        losses = train_step(accelerator, model, batch, optimizer, schedule, cfg.train.clip)
+        progress.batch += 1
+        if not accelerator.sync_gradients:
+            continue
+        progress.step += 1
+        bar.update()
+        due = progress.step % cfg.train.log_every == 0
+        if due or progress.step == total_steps:
+            log(accelerator, losses, schedule, progress, bar)
+        if progress.step >= total_steps:
+            return False
+        if (due or accelerator.num_processes == 1) and stopping():
+            return True
+        if cfg.train.save_every and progress.step % cfg.train.save_every == 0:
+            save_state(accelerator, cfg.out, progress.step, schedule=schedule, progress=progress)
+    return False
+
+
+def train_step(accelerator: Accelerator, model, batch, optimizer, schedule, clip: float) -> dict[str, Tensor]:
+    """One batch: forward, backward, and, when enough gradients have been added up, a step of the optimiser."""
+    with accelerator.accumulate(model):
+        losses = model(batch)
+        accelerator.backward(losses.total)
+        if accelerator.sync_gradients:
+            if clip:
+                accelerator.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+    return losses.detached()
+
+
+def log(accelerator: Accelerator, losses: dict[str, Tensor], schedule: LambdaLR, progress: Progress, bar) -> None:
+    """Read the losses of this step, the only place of the loop that waits for the device."""
+    values = {name: value.item() for name, value in losses.items()}
+    if not math.isfinite(values["total"]):
+        raise FloatingPointError(f"the loss became {values['total']} at step {progress.step}: {values}")
+    row = {"loss": values.pop("total"), "lr": max(schedule.get_last_lr()), **values}
+    progress.steps.append({"step": progress.step, **row})
+    accelerator.log(row, step=progress.step)
+    bar.set_postfix(loss=f"{row['loss']:.3f}", epoch=progress.epoch + 1)
+
+
+def validation(accelerator: Accelerator, model, val_set: Dataset, cfg: Config, progress: Progress) -> None:
+    """Score the validation split, keep the weights if they are the best so far, and write ``metrics.json``."""
+    scores = {name: 0.0 if math.isnan(value) else value  # nan: a split without any object
+              for name, value in validate(model, val_set, cfg, accelerator).items()}
+    progress.evaluations.append({"epoch": progress.epoch, "step": progress.step, **scores})
+    accelerator.log({f"val/{name}": value for name, value in scores.items()}, step=progress.step)
+    state = accelerator.get_state_dict(model)
+    better = scores["J&F"] > progress.best
+    progress.best = max(progress.best, scores["J&F"])
+    if accelerator.is_main_process:
+        notes = {"step": progress.step, "scores": scores, "classes": list(val_set.classes)}
+        save_weights(cfg.out / "last.safetensors", state, cfg, **notes)
+        if better:
+            save_weights(cfg.out / WEIGHTS, state, cfg, **notes)
+        history = json.dumps({"steps": progress.steps, "evaluations": progress.evaluations})
+        write_atomic(cfg.out / "metrics.json", lambda path: path.write_text(history))
+        tqdm.write(f"epoch {progress.epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+
+def finish(accelerator: Accelerator, model, cfg: Config) -> dict:
+    """Evaluate the best weights on the test split and write the report."""
+    accelerator.wait_for_everyone()
+    model = accelerator.unwrap_model(model)
+    load_weights(model, cfg.out / WEIGHTS)
+    results = evaluate(model, cfg, "test", cfg.out, device=accelerator.device, accelerator=accelerator)
+    accelerator.end_training()  # closes the group of processes too
+    return results
+
+
+@contextmanager
+def stop_requested(accelerator: Accelerator):
+    """Yields a function that says whether Ctrl-C or SIGTERM has reached any process; a second signal interrupts.
+
+    The function is collective: every process has to call it at the same step.
+    """
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    def stopping() -> bool:
+        if accelerator.num_processes == 1:
+            return bool(received)
+        return bool(accelerator.reduce(torch.tensor(len(received), device=accelerator.device)).item())
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

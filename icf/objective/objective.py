@@ -1,0 +1,183 @@
+"""`ICFObjective`: implicit text (MIT), counterfactuals (SC) and contrast (CDCL) for any model that segments sound."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icf.config import MITConfig, ObjectiveConfig
+from icf.context import LevelFeatures
+from icf.objective.cdcl import CDCL, pool
+from icf.objective.mit import MIT, Text
+from icf.objective.sc import GENERATORS, SC, Counterfactuals
+
+LEVELS = ("video", "segment", "frame")
+
+
+class Reading(NamedTuple):
+    """A batch in words: its `text`, and what is `seen` in each second, [B,T,C], constant."""
+
+    text: Text
+    seen: Tensor
+
+
+class ICFObjective(nn.Module):
+    """The training objective of ICF beside segmentation, to be added to the loss of any model. Nothing of it runs at
+    test time.
+
+        objective = ICFObjective(visual_dim=256, audio_dim=128)
+        losses = objective(visual, audio)          # features after the model's own audio-visual interaction
+        (segmentation_loss + losses["total"]).backward()
+
+    Args:
+        visual_dim, audio_dim: channels of `visual` and `audio` below.
+        config: settings; the defaults need the text towers of CLIP, X-CLIP and CLAP (`transformers`), and `diffusers`.
+        map_dims, sound_dim: channels of `maps` and `sound` below; by default those of `visual` and `audio`.
+        attended: levels whose frames attend to one another before they are matched to text (Eq. 1-2).
+        context_dim, literal_product: of that attention, see `icf.context.ChannelAttention`.
+        inference: only what a model with `mit.inject` needs at test time.
+
+    Raises:
+        ValueError: settings that contradict each other, text towers that do not fit, a package that is missing.
+        FileNotFoundError, ConnectionError: weights of text towers that are missing, or cannot be fetched.
+    """
+
+    def __init__(self, visual_dim: int, audio_dim: int, config: ObjectiveConfig | None = None, *,
+                 map_dims: Sequence[int] | None = None, sound_dim: int | None = None,
+                 attended: Sequence[str] = LEVELS, context_dim: int = 256, literal_product: bool = False,
+                 inference: bool = False):
+        super().__init__()
+        self.config = config = config or ObjectiveConfig()
+        config.check()
+        mit, sc, cdcl = config.mit, config.sc, config.cdcl
+        map_dims, sound_dim = map_dims or [visual_dim], sound_dim or audio_dim
+        self.levels = self.mit = self.sc = self.cdcl = None
+        if mit.enabled:
+            self.levels = LevelFeatures(map_dims, mit.dim, mit.levels, attended, context_dim, literal_product,
+                                        mit.parts, mit.stride)
+            self.mit = MIT(mit, sound_dim, None if inference else build_towers(mit))
+        if sc.enabled and sc.generator in GENERATORS and not inference:
+            self.sc = SC(sc, mit.dim, sum(map_dims))
+        if cdcl.enabled and not inference:
+            self.cdcl = CDCL(cdcl, visual_dim, audio_dim, mit.dim if mit.enabled else None)
+        self._captions: dict[str, Tensor] = {}
+
+    def forward(self, visual: Tensor | Sequence[Tensor], audio: Tensor, frame_mask: Tensor | None = None,
+                visual_mask: Tensor | None = None, *, maps: Sequence[Tensor] | None = None,
+                sound: Tensor | None = None, replaced_sound: Tensor | None = None,
+                captions: Sequence[Sequence[str]] | None = None) -> dict[str, Tensor]:
+        """The terms of the objective by name, each 0-dim: `total`, weighted, to be added to the model's loss; `cf`,
+        `va`, `al`, `vl` and the parts of `cf`, as they are; statistics.
+
+        Args:
+            visual: features of B clips of T seconds after interaction, [B,T,C,H,W], or several maps, the finest first.
+            audio: [B,T,D], the sound after interaction.
+            frame_mask: [B,T] bool, seconds that exist; they come first. None: all do.
+            visual_mask: [B,T,1,h,w] probability of the foreground, where vision is averaged; None: everywhere.
+            maps, sound: [B,T,..] features before interaction, to which text is matched; by default `visual`, `audio`.
+            replaced_sound: [B,T,..] as `sound`, of what could sound instead, for `sc.generator=audio_replacement`.
+            captions: revised captions of each clip, equally many, for `sc.generator=text_revision`.
+
+        Raises:
+            ValueError: features whose shapes do not go together.
+        """
+        visual = [visual] if isinstance(visual, Tensor) else list(visual)
+        _check(visual, audio, frame_mask)
+        reading = self.read(maps or visual, audio if sound is None else sound, frame_mask)
+        cf = self.imagine(reading, frame_mask, replaced_sound, captions)
+        return self.contrast(visual[0], audio, reading, cf, frame_mask, visual_mask)
+
+    def read(self, maps: Sequence[Tensor], sound: Tensor, frame_mask: Tensor | None = None) -> Reading | None:
+        """MIT. maps: [B,T,C,h,w] each; sound: [B,T,D]. None where it is switched off."""
+        if self.mit is None:
+            return None
+        features, member = self.levels(maps, frame_mask)
+        seen = torch.cat([x.detach().mean((3, 4)) for x in maps], -1)                           # [B, T, C]
+        return Reading(self.mit(features, member, sound, frame_mask), seen)
+
+    def imagine(self, reading: Reading | None, frame_mask: Tensor | None = None, replaced_sound: Tensor | None = None,
+                captions: Sequence[Sequence[str]] | None = None) -> Counterfactuals | None:
+        """SC. None where it is switched off, or makes no texts."""
+        config = self.config.sc
+        if reading is None or not config.enabled or config.generator == "residual":
+            return None
+        if self.sc is not None:
+            wanted = self.cdcl is not None and bool({"al", "vl"} & {*self.config.cdcl.pairs})
+            return self.sc(reading.text.z, reading.seen, frame_mask, wanted=wanted)
+        texts = {"pair_swap": self._swapped, "audio_replacement": self._resounded, "text_revision": self._revised}[
+            config.generator](reading.text, replaced_sound, captions)
+        return Counterfactuals(texts, None, None, {}, {})
+
+    def contrast(self, visual: Tensor | None, audio: Tensor | None, reading: Reading | None,
+                 cf: Counterfactuals | None, frame_mask: Tensor | None = None,
+                 visual_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """CDCL, and the sum of Eq. 19. visual: [B,T,C,H,W]; audio: [B,T,D]; visual_mask: [B,T,1,h,w]; the features are
+        None where CDCL is switched off."""
+        config, text = self.config, None if reading is None else reading.text
+        terms, statistics = dict(cf.losses) if cf else {}, dict(cf.statistics) if cf else {}
+        weighted = [config.cf_weight * terms["cf"]] if terms else []
+        if self.cdcl is not None:
+            mask = visual_mask.flatten(0, 1) if visual_mask is not None and config.cdcl.visual_pool == "mask" else None
+            seen = pool(visual.flatten(0, 1), mask).unflatten(0, audio.shape[:2])               # [B, T, C]
+            residual = config.sc.enabled and config.sc.generator == "residual"
+            losses, more = self.cdcl(seen, audio, text, cf, frame_mask, residual)
+            weighted += [config.cdcl_weight * getattr(config, pair) * loss for pair, loss in losses.items()]
+            terms, statistics = {**terms, **losses}, {**statistics, **more}
+        if text is not None:
+            weighted += text.losses.values()
+            terms |= text.losses
+        total = torch.stack(weighted).sum() if weighted else text.z.new_zeros(())
+        return {"total": total, **terms, **statistics}
+
+    def _swapped(self, text: Text, *_) -> Tensor:
+        """Texts in which the sound, or else the sight, is that of another clip of the batch: [B,K,T,D]."""
+        others = range(1, min(self.config.sc.keep, len(text.z) - 1) + 1)
+        swapped = [self.mit.composite(text.visual, text.audio.roll(k, 0)) if k % 2 else
+                   self.mit.composite(text.visual.roll(k, 0), text.audio) for k in others]
+        return torch.stack(swapped, 1) if swapped else text.z[:, None, :][:, :0]
+
+    def _resounded(self, text: Text, replaced_sound: Tensor | None, _) -> Tensor:
+        heard = text.audio.roll(1, 0) if replaced_sound is None else self.mit.hearing(replaced_sound)
+        return self.mit.composite(text.visual, heard)[:, None]
+
+    def _revised(self, text: Text, _, captions: Sequence[Sequence[str]] | None) -> Tensor:
+        if captions is None or len(captions) != len(text.z) or len({len(c) for c in captions}) != 1:
+            raise ValueError("captions: expected equally many revised captions of each clip for text_revision, got "
+                             f"{captions if captions is None else [len(c) for c in captions]}")
+        tower = self.mit.towers[self.config.mit.levels[0]]
+        for caption in {c for clip in captions for c in clip} - self._captions.keys():
+            self._captions[caption] = F.normalize(tower.encode([caption])[0].float(), dim=-1)
+        said = torch.stack([torch.stack([self._captions[c] for c in clip]) for clip in captions])   # [B, K, D]
+        shape = -1, -1, text.audio.shape[1], -1
+        return self.mit.composite(said[:, :, None].expand(shape), text.audio[:, None].expand(-1, said.shape[1], -1, -1))
+
+
+def build_towers(config: MITConfig) -> dict[str, nn.Module]:
+    """The frozen text tower of each level and of sound; equal settings share one."""
+    from icf.objective.towers import text_tower
+
+    specs = {level: config.frame if level == "frame" else config.video for level in config.levels}
+    specs["audio"] = config.audio
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    keys = {"frame": "frame", "video": "video", "segment": "video", "audio": "audio"}
+    built: dict[str, nn.Module] = {}
+    for level, spec in specs.items():
+        if spec not in built:
+            kind, _, weights = spec.partition(":")
+            built[spec] = text_tower(kind, weights or "default", dtype, f"objective.mit.{keys[level]}")
+    return {level: built[spec] for level, spec in specs.items()}
+
+
+def _check(visual: Sequence[Tensor], audio: Tensor, frame_mask: Tensor | None) -> None:
+    if audio.ndim != 3:
+        raise ValueError(f"audio: expected [B,T,D], got {list(audio.shape)}")
+    for x in visual:
+        if x.ndim != 5 or x.shape[:2] != audio.shape[:2]:
+            raise ValueError(f"visual: expected [B,T,C,H,W] with B, T = {list(audio.shape[:2])} as audio has, got "
+                             f"{list(x.shape)}")
+    if frame_mask is not None and (frame_mask.shape != audio.shape[:2] or frame_mask.dtype != torch.bool):
+        raise ValueError(f"frame_mask: expected bool {list(audio.shape[:2])}, got {frame_mask.dtype} "
+                         f"{list(frame_mask.shape)}")

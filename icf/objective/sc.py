@@ -1,0 +1,260 @@
+"""Semantic counterfactuals, Eq. 6-12: texts rotated away from what is said, in the latent space of a diffusion."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icf.objective.diffusion import Diffusion
+from icf.ops import orthogonal_blend
+
+if TYPE_CHECKING:
+    from icf.config import SCConfig
+
+GENERATORS = ("diffusion", "feature", "vqvae", "dropout")
+"""Those that make counterfactuals of the text alone; the others need other sounds, clips or captions."""
+GROUPS, CODES, COMMITMENT = 4, 256, 0.25        # of the discrete space
+
+
+class Counterfactuals(NamedTuple):
+    """Texts of what could have been.
+
+    Args:
+        texts: [B,K,T,D], hardest first; None where nothing consumes them.
+        degree: [B,K], how far each was rotated, in [0,1]; None where that is not known.
+        alpha: [B,K], the control value alone; None likewise.
+        losses: `cf`, Eq. 11, and its parts; empty for generators without parameters.
+        statistics: mean `degree`, and mean `cosine` of the kept texts with the factual one.
+    """
+
+    texts: Tensor | None
+    degree: Tensor | None
+    alpha: Tensor | None
+    losses: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+
+
+class SC(nn.Module):
+    """Counterfactual texts of a batch of texts.
+
+    Args:
+        config: settings; its generator is one of `GENERATORS`.
+        dim: width of texts.
+        condition_dim: width of what is seen.
+    """
+
+    def __init__(self, config: SCConfig, dim: int, condition_dim: int):
+        super().__init__()
+        self.config, self.generator = config, config.generator
+        latent = dim if self._stays else config.dim
+        if self.generator != "dropout":
+            self.degree = Degree(latent, config)
+        if not self._stays:
+            self.encode, self.decode = nn.Linear(dim, latent), nn.Linear(latent, dim)
+        if self.generator == "diffusion":
+            self.diffusion = Diffusion(latent, condition_dim if config.condition else None, config.start,
+                                       config.ddim_steps, config.steps, config.beta, config.width, config.layers,
+                                       config.heads)
+        if self.generator == "vqvae":
+            self.codes = nn.Parameter(torch.randn(GROUPS, CODES, latent // GROUPS))
+
+    @property
+    def _stays(self) -> bool:
+        """The latent is the text itself."""
+        return self.generator in ("feature", "dropout") or self.config.latent == "identity"
+
+    def forward(self, z: Tensor, seen: Tensor, frame_mask: Tensor | None = None, *,
+                wanted: bool = True) -> Counterfactuals:
+        """Counterfactuals of each text, and the loss of their generator.
+
+        Args:
+            z: [B,T,D], or [B,1,D], pooled over time.
+            seen: [B,T,C], what is seen in each second; constant here.
+            frame_mask: [B,T] bool, real seconds; None: all are.
+            wanted: False leaves out the texts, for a run in which they would not be used.
+        """
+        z = z.float().detach() if self.config.detach_z else z.float()
+        weight = _weights(seen, frame_mask)                                                     # [B, T]
+        if z.shape[1] != seen.shape[1]:
+            seen, frame_mask = (seen * weight[..., None]).sum(1, keepdim=True), None
+            weight = torch.ones_like(seen[..., 0])
+        if self.generator == "dropout":
+            kept = torch.rand(len(z), self.config.candidates, *z.shape[1:], device=z.device) < 0.5
+            return self._keep(z[:, None] * kept, z, None, None, weight, {}, {})
+        make = {"diffusion": self._diffuse, "feature": self._rotate, "vqvae": self._quantise}[self.generator]
+        return make(z, seen.detach().float() if self.config.condition else None, frame_mask, weight, wanted)
+
+    def _diffuse(self, z, seen, frame_mask, weight, wanted) -> Counterfactuals:
+        config, diffusion = self.config, self.diffusion
+        clean = self._encode(z)                                                                 # [B, T, L]
+        source = clean.detach() if config.detach_z else clean
+        noise = torch.randn_like(source)                # one for all candidates: noise added is the noise removed
+        noised = diffusion.add_noise(source, noise, config.start - 1)
+        rho, alpha = self.degree(noised, weight)                                                # [B, M, T, blocks]
+        # The degree is constant here, or it would shrink until nothing is rotated, which is easiest to denoise.
+        losses = self._diffusion_losses(source, rho[:, :1].detach(), seen, frame_mask, weight)
+        losses |= self._degree_loss(noised, rho, weight, losses.pop("target", 0))
+        if config.latent == "linear":
+            losses["rec"] = _average(1 - F.cosine_similarity(self._decode(clean, z), z, -1), weight)
+        losses["cf"] = losses["eps"] + config.lambda_ortho * losses["ortho"] + losses.get("rec", 0)
+        if not wanted:
+            return Counterfactuals(None, None, None, losses, {"degree": rho.mean().detach()})
+        if config.rotate == "clean":
+            rotated = rotate(source, rho)
+            rotated = diffusion.add_noise(rotated, noise[:, None].expand_as(rotated), config.start - 1)
+        else:
+            rotated = rotate(noised, rho)                                                       # [B, M, T, L]
+        if config.symmetric:                            # one more candidate, which is not rotated
+            same = noised[:, None]
+            texts = self._decode(diffusion.denoise(torch.cat([same, rotated], 1), seen, frame_mask, config.grad), z)
+            texts = z[:, None] + texts[:, 1:] - texts[:, :1]
+        else:
+            texts = self._decode(diffusion.denoise(rotated, seen, frame_mask, config.grad), z)
+        return self._keep(texts, z, rho, alpha, weight, losses, {"degree": rho.mean().detach()})
+
+    def _diffusion_losses(self, clean, rho, seen, frame_mask, weight) -> dict[str, Tensor]:
+        """Of the denoiser, at a random step: the noise it finds in the clean and the rotated text, and, as the target
+        of Eq. 10, the cosine of the two once denoised against that at which they were built."""
+        diffusion, config = self.diffusion, self.config
+        t = torch.randint(0, config.start, (len(clean),), device=clean.device)
+        noise = torch.randn_like(clean)
+        noised = diffusion.add_noise(clean, noise, t)[:, None]
+        rotated = rotate(noised[:, 0], rho)                                                     # [B, 1, T, L]
+        rows = torch.cat([noised, rotated], 1)                                                  # [B, 2, T, L]
+        found = diffusion.predict(rows, t, seen, frame_mask)
+        error = (found - noise[:, None]).square().mean(-1)                                      # [B, 2, T]
+        error = error.mean(1) if config.predict == "mixed" else error[:, 1]
+        losses = {"eps": _average(error, weight)}
+        if config.ortho == "target":
+            cosine = F.cosine_similarity(*diffusion.clean(rows, found, t).unbind(1), dim=-1)    # [B, T]
+            built = F.cosine_similarity(noised, rotated, -1)[:, 0].detach()
+            losses["target"] = _average((cosine - built).square(), weight)
+        return losses
+
+    def _degree_loss(self, latent, rho, weight, target) -> dict[str, Tensor]:
+        """Eq. 10. The printed form, on unit vectors, is least where nothing is rotated."""
+        config = self.config
+        if config.ortho == "off":
+            return {"ortho": rho.sum() * 0}
+        cosine = _built_cosine(latent, rho)                                                     # [B, M, T]
+        if config.ortho == "paper":
+            error = 2 - 2 * cosine + config.lambda_z * cosine.square()
+            return {"ortho": _average(error.mean(1), weight)}
+        excess = _average(cosine.mean(1), weight) - (1 - config.min_degree) ** 0.5
+        return {"ortho": target + config.lambda_z * excess.relu().square()}
+
+    def _rotate(self, z, seen, frame_mask, weight, wanted) -> Counterfactuals:
+        rho, alpha = self.degree(z, weight)
+        losses = self._degree_loss(z, rho, weight, 0)
+        losses["cf"] = self.config.lambda_ortho * losses["ortho"]
+        return self._keep(rotate(z, rho), z, rho, alpha, weight, losses, {"degree": rho.mean().detach()})
+
+    def _quantise(self, z, seen, frame_mask, weight, wanted) -> Counterfactuals:
+        clean = self._encode(z)
+        rho, alpha = self.degree(clean.detach(), weight)
+        quantised, error = self._nearest(clean)
+        losses = self._degree_loss(clean.detach(), rho, weight, 0)
+        losses["vq"] = _average(error, weight)
+        losses["rec"] = _average(1 - F.cosine_similarity(self._decode(quantised, z), z, -1), weight)
+        losses["cf"] = losses["vq"] + losses["rec"] + self.config.lambda_ortho * losses["ortho"]
+        texts = self._decode(self._nearest(rotate(clean, rho))[0], z)
+        return self._keep(texts, z, rho, alpha, weight, losses, {"degree": rho.mean().detach()})
+
+    def _nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest codes, with a straight-through gradient, and the codebook and commitment losses [..]."""
+        groups = x.unflatten(-1, (GROUPS, -1))                                                  # [.., G, L/G]
+        distance = self.codes.square().sum(-1) - 2 * torch.einsum("...gd,gkd->...gk", groups, self.codes)
+        code = F.one_hot(distance.argmin(-1), CODES).to(x.dtype)
+        nearest = torch.einsum("...gk,gkd->...gd", code, self.codes).flatten(-2)
+        error = (nearest - x.detach()).square() + COMMITMENT * (x - nearest.detach()).square()
+        return x + (nearest - x).detach(), error.mean(-1)
+
+    def _encode(self, z: Tensor) -> Tensor:
+        x = z if self._stays else self.encode(z)
+        return F.layer_norm(x, x.shape[-1:]) if self.config.latent_norm == "layer" else F.normalize(x, dim=-1)
+
+    def _decode(self, x: Tensor, z: Tensor) -> Tensor:
+        """Latents [B,M,T,L] or [B,T,L] as texts, of the norm of their text z [B,T,D]."""
+        texts = x if self._stays else self.decode(F.layer_norm(x, x.shape[-1:]))
+        norm = z.norm(dim=-1, keepdim=True)
+        return F.normalize(texts, dim=-1) * (norm[:, None] if x.ndim == 4 else norm)
+
+    def _keep(self, texts, z, rho, alpha, weight, losses, statistics) -> Counterfactuals:
+        """Eq. 12: the candidates [B,M,T,D] that are closest to the text, on average over its seconds."""
+        keep, cosine = self.config.keep, F.cosine_similarity(texts.detach(), z.detach()[:, None], dim=-1)
+        cosine, best = (cosine * weight[:, None]).sum(-1).topk(keep)                            # [B, K]
+        texts = texts.gather(1, best[..., None, None].expand(-1, -1, *texts.shape[2:]))
+        statistics["cosine"] = cosine.mean()
+        if rho is not None:
+            rho = (rho.mean(-1) * weight[:, None]).sum(-1).gather(1, best)
+            alpha = alpha.expand(len(best), -1).gather(1, best)
+        return Counterfactuals(texts, rho, alpha, losses, statistics)
+
+
+class Degree(nn.Module):
+    """Degree of the counterfactual of each candidate, clip, second and block: `rho = alpha m s` of Eq. 8.
+
+    alpha lies in a fixed interval, learned per candidate; m depends on the clip and s on second and block, both with
+    logistic noise, so that candidates differ. Their heads start at zero: the degree grows from about .2 while training.
+    """
+
+    def __init__(self, dim: int, config: SCConfig):
+        super().__init__()
+        self.interval, self.floor, self.mode = config.alpha, config.floor, config.mode
+        spread = torch.logit((torch.arange(config.candidates) + 0.5) / config.candidates)
+        self.theta = nn.Parameter(spread, requires_grad=config.alpha_learnable)
+        if self.mode != "intra":
+            self.inter = _zero(nn.Linear(dim, 1))
+        if self.mode != "inter":
+            self.intra = _zero(nn.Linear(dim, config.blocks))
+        self.blocks = config.blocks
+
+    def forward(self, latent: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """latent: [B,T,L]; weight: [B,T], sum 1 -> rho [B,M,T,blocks], alpha [1,M]."""
+        (b, steps, _), low, high = latent.shape, *self.interval
+        alpha = (low + (high - low) * self.theta.sigmoid())[None]                               # [1, M]
+        rho = alpha[..., None, None].expand(b, -1, steps, self.blocks)
+        unit = latent / latent.norm(dim=-1, keepdim=True).clamp(min=1e-6) * latent.shape[-1] ** 0.5
+        if self.mode != "intra":
+            clip = self.inter((unit * weight[..., None]).sum(1))                                # [B, 1]
+            rho = rho * self._factor(clip.expand(-1, alpha.shape[1]))[..., None, None]
+        if self.mode != "inter":
+            rho = rho * self._factor(self.intra(unit)[:, None].expand_as(rho))
+        return rho.clamp(1e-4, 1 - 1e-4), alpha
+
+    def _factor(self, x: Tensor) -> Tensor:
+        noise = torch.logit(torch.rand_like(x), eps=1e-6)
+        return self.floor + (1 - self.floor) * torch.sigmoid(x + noise)
+
+
+def rotate(x: Tensor, rho: Tensor) -> Tensor:
+    """Eq. 7-8: x [B,T,L] by degrees rho [B,M,T,blocks], each block of dimensions by itself, norms kept: [B,M,T,L]."""
+    blocks = x[:, None].unflatten(-1, (rho.shape[-1], -1))                                      # [B, 1, T, blocks, d]
+    return orthogonal_blend(blocks.float(), rho.float(), restore_norm=True).flatten(-2)
+
+
+def _built_cosine(x: Tensor, rho: Tensor) -> Tensor:
+    """Cosine of x [B,T,L] with `rotate(x, rho)`, known without it: [B,M,T]."""
+    share = x.unflatten(-1, (rho.shape[-1], -1)).square().sum(-1)                               # [B, T, blocks]
+    share = share / share.sum(-1, keepdim=True).clamp(min=1e-12)
+    return (share[:, None] * (1 - rho).sqrt()).sum(-1)
+
+
+def _weights(x: Tensor, frame_mask: Tensor | None) -> Tensor:
+    """What each second of x [B,T,C] counts, [B,T], sum 1."""
+    if frame_mask is None:
+        return x.new_full(x.shape[:2], 1 / x.shape[1])
+    return frame_mask / frame_mask.sum(1, keepdim=True)
+
+
+def _average(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean over clips of the weighted mean over seconds of x [B,T]."""
+    return (x * weight).sum(1).mean()
+
+
+def _zero(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,1 @@
+"""What studies runs: ablations, comparisons, benchmarks, profiles."""
