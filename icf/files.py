@@ -1,4 +1,4 @@
-"""Files: text that users bring along, read or refused in one error that names the file; files written whole or not at all."""
+"""Files of text that users bring along, read or refused in one error that names them; files written whole or not."""
 from __future__ import annotations
 
 import csv

@@ -1,1 +1,1 @@
-"""The paper's figure without what only training needs: encoders, channel attention, pixel decoder, queries, losses (Eq. 18)."""
+"""The paper's figure without what only training needs: encoders, attention, pixel decoder, queries, losses (Eq. 18)."""

@@ -1,1 +1,1 @@
-"""What only training needs: implicit text (MIT, Eq. 3-5), counterfactuals (SC, Eq. 6-12), contrast (CDCL, Eq. 13-17)."""
+"""What only training needs: implicit text (MIT, Eq. 3-5), counterfactuals (SC, Eq. 6-12), contrast (CDCL, 13-17)."""

@@ -1,4 +1,4 @@
-"""icf.engine.evaluate on a small data set whose right answers are known: a square that sounds in some of the seconds."""
+"""Evaluation of a small data set whose right answers are known: a square that sounds in some of the seconds."""
 import csv
 import json
 import socket
