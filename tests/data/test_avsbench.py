@@ -340,7 +340,7 @@ def test_toy_benchmark_is_made_when_it_is_missing(tmp_path, monkeypatch):
     data = DataConfig(root=tmp_path / "toy", subset="s4", size=64, toy=ToyConfig("tiny", seed=1, clips=(1, 1, 1)))
     dataset = build_dataset(data, "train")
     assert len(dataset) == 1 and dataset.groups.keys() == set(dataset.names)
-    monkeypatch.setattr(toy, "write_clip", None)  # nothing is written twice
+    monkeypatch.setattr("icf.data.toy.files.write_clip", None)  # nothing is written twice
     assert same(build_dataset(data, "train")[0], dataset[0])
     data.toy.seed = 2
     with pytest.raises(FileExistsError, match="holds a toy benchmark .* choose another root or delete it"):
