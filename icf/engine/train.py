@@ -41,6 +41,7 @@ from icf.engine.checkpoint import (
     step_of,
 )
 from icf.engine.evaluate import evaluate, validate
+from icf.engine.results import HISTORY
 from icf.files import write_atomic
 from icf.model.build import build_model
 from icf.ops import use_backend
@@ -302,7 +303,7 @@ def validation(accelerator: Accelerator, model, val_set: Dataset, cfg: Config, p
         if better:
             save_weights(cfg.out / WEIGHTS, state, cfg, **notes)
         history = json.dumps({"steps": progress.steps, "evaluations": progress.evaluations})
-        write_atomic(cfg.out / "metrics.json", lambda path: path.write_text(history))
+        write_atomic(cfg.out / HISTORY, lambda path: path.write_text(history))
         tqdm.write(f"epoch {progress.epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
 

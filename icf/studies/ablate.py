@@ -21,7 +21,8 @@ from rich.table import Table
 
 from icf.config import Config, DataConfig, denoises
 from icf.engine.checkpoint import CONFIG, load_model, read_config, states
-from icf.engine.evaluate import RESULTS, SCORES, evaluate, read_results
+from icf.engine.evaluate import evaluate
+from icf.engine.results import RESULTS, SCORES, read_results
 from icf.engine.train import train
 from icf.files import write_atomic
 from icf.studies.paper import FIGURE_5, TABLE_2, Scores, Sweep

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -21,33 +20,15 @@ from icf.config import Config
 from icf.data import Batch, Clip, build_dataset, collate
 from icf.data.avsbench import read_manifest
 from icf.engine.checkpoint import WEIGHTS, load_model
-from icf.engine.evaluate import (
-    RESULTS,
-    UNHEARD,
-    Prediction,
-    Results,
-    Tally,
-    build_loader,
-    model_predictor,
-    read_results,
-)
+from icf.engine.conditions import UNHEARD, build_loader
+from icf.engine.curves import INK, png, tint
 from icf.engine.masks import foreground
-from icf.engine.report import (
-    INK,
-    THUMB,
-    Sample,
-    document,
-    format_value,
-    html_table,
-    jpeg_uri,
-    legend,
-    note,
-    png,
-    png_uri,
-    section,
-    strips,
-    tint,
-)
+from icf.engine.pages import render
+from icf.engine.pictures import THUMB, Sample, legend, strips
+from icf.engine.predictors import Prediction, model_predictor
+from icf.engine.results import RESULTS, Results, read_results
+from icf.engine.score_tables import Rows
+from icf.engine.tally import Tally
 from icf.files import write_atomic
 from icf.objective.cdcl import pool
 
@@ -123,12 +104,12 @@ def compare(sources: Sequence[Path], out: Path, *, names: Sequence[str] | None =
     seen = [examine(run, subset, device, progress) for run in runs]
     j = np.array([run_j for _, run_j in seen])                                                # [runs, clips]
     sounds = sounding(dataset, chosen)
-    parts = [section("Scores", note(SCORES) + score_table(runs, dataset)),
-             feature_section([run.name for run in runs], [features for features, _ in seen], sounds,
-                             [dataset.names[index] for index in chosen]),
-             gallery(runs, subset, j, most_different(j)[:rows], device)]
-    title = f"{dataset.subset.upper()} {split}: {', '.join(run.name for run in runs)}"
-    html = document(title, f"{title}; {len(chosen)} of {len(dataset)} clips", parts, STYLE)
+    html = render(
+        "compare.html", "icf.studies", dataset=dataset, runs=[run.name for run in runs], shown_clips=len(chosen),
+        scores=score_table(runs),
+        features=feature_section([run.name for run in runs], [features for features, _ in seen], sounds,
+                                 [dataset.names[index] for index in chosen]),
+        **gallery(runs, subset, j, most_different(j)[:rows], device))
     write_atomic(out / "compare.html", lambda path: path.write_text(html, encoding="utf-8"))
     return out / "compare.html"
 
@@ -169,13 +150,13 @@ def find_results(source: Path, dataset: Dataset) -> tuple[Results | None, str]:
         None, f"{RESULTS} is of other clips")
 
 
-def score_table(runs: Sequence[Run], dataset: Dataset) -> str:
-    """A row per run; scores that are missing are a dash, with the reason beside."""
+def score_table(runs: Sequence[Run]) -> Rows:
+    """A row per run; scores that are missing are None, with the reason beside."""
     rows = []
     for run in runs:
         scores, negatives = (run.results.scores, run.results.false_positives) if run.results else ({}, {})
-        rows.append((run.name, *map(scores.get, COLUMNS), *map(negatives.get, UNHEARD), run.remark))
-    return html_table(("run", *COLUMNS, *(f"FPR {kind}" for kind in UNHEARD), ""), rows)
+        rows.append([run.name, *map(scores.get, COLUMNS), *map(negatives.get, UNHEARD), run.remark])
+    return Rows(["run", *COLUMNS, *(f"FPR {kind}" for kind in UNHEARD), ""], rows)
 
 
 # Features
@@ -244,8 +225,8 @@ def _in_the_picture(clip: dict) -> list[frozenset[str]]:
 
 
 def feature_section(names: Sequence[str], features: Sequence[Features], sounds: Sequence[Sequence[frozenset[str]]],
-                    clips: Sequence[str]) -> str:
-    """The features of every run as a picture and in numbers.
+                    clips: Sequence[str]) -> dict:
+    """The features of every run as a picture and in numbers: `kind` of the labels, `picture`, `rows`.
 
     Args:
         sounds: what sounds in every second of every clip; seconds of one class are coloured by it. Where nothing is
@@ -256,14 +237,8 @@ def feature_section(names: Sequence[str], features: Sequence[Features], sounds: 
     labels = [[_only(sounds[clip][second]) if known else clips[clip]
                for clip, second in zip(own.clip.tolist(), own.second.tolist(), strict=True)] for own in features]
     values = [measures(own, own_labels, across=known) for own, own_labels in zip(features, labels, strict=True)]
-    picture = scatter(names, features, labels, values)
-    kind = "class" if known else "clip"
-    header = ("run", f"silhouette by {kind}, sight", f"silhouette by {kind}, sound",
-              f"nearest sound is of the same {kind}", f"nearest sight is of the same {kind}", "by chance")
-    return section("Features", note(FEATURES + (BY_CLASS if known else BY_CLIP))
-                   + f'<img class=plot alt="t-SNE of the features of {escape(", ".join(names))}" '
-                   f'src="{png_uri(picture)}">' + html_table(header, [(name, *row.values()) for name, row in
-                                                                     zip(names, values, strict=True)]))
+    rows = [(name, *row.values()) for name, row in zip(names, values, strict=True)]
+    return {"kind": "class" if known else "clip", "picture": scatter(names, features, labels, values), "rows": rows}
 
 
 def _only(sounds: frozenset[str]) -> str | None:
@@ -364,26 +339,16 @@ def most_different(j: np.ndarray) -> list[int]:
 
 
 def gallery(runs: Sequence[Run], dataset: Subset, j: np.ndarray, places: Sequence[int],
-            device: torch.device | str) -> str:
-    """A table: a row per clip with one of its seconds, a column per run."""
-    classes, rows, samples = dataset.dataset.classes, [], []
+            device: torch.device | str) -> dict:
+    """One second of each of the clips at `places`, as every run sees it: `gallery`, an item per clip, and `legend`."""
+    classes, clips, samples = dataset.dataset.classes, [], []
     for place in places:
         own, maps, second = look(runs, dataset[place], j[:, place], len(classes), device)
         samples.extend(own)
-        pictures = strips(own[0], classes)
-        cells = [f"<th scope=row>{escape(own[0].name)}<small>second {second}</small></th>",
-                 *(f"<td>{_image(pictures[kind], f'{kind} of {own[0].name}')}</td>" for kind in ("frames", "truth"))]
-        for run, sample, heat in zip(runs, own, maps, strict=True):
-            of = f"{run.name} of {sample.name}"
-            overlaid = strips(sample, classes)["prediction"]
-            cells.append(f"<td>{_image(overlaid, f'prediction by {of}')}{_image(heat, f'probability by {of}')}"
-                         f"<small>J {format_value(sample.j)}</small></td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("clip", "frame", "truth", *(run.name for run in runs)))
-    return section("Clips on which the runs differ most" if len(runs) > 1 else "Clips, the worst first",
-                   note(GALLERY) + legend(samples, classes)
-                   + f"<div class=scroll><table class=gallery><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}"
-                     "</tbody></table></div>")
+        looks = [{"run": run.name, "prediction": strips(sample, classes)["prediction"], "probability": heat,
+                  "j": sample.j} for run, sample, heat in zip(runs, own, maps, strict=True)]
+        clips.append({"name": own[0].name, "second": second, "pictures": strips(own[0], classes), "looks": looks})
+    return {"gallery": clips, "legend": legend(samples, classes)}
 
 
 @torch.no_grad()
@@ -412,26 +377,3 @@ def heat(share: Tensor) -> Image.Image:
 
     picture = (colormaps["magma"](share.numpy())[..., :3] * 255).astype(np.uint8)
     return Image.fromarray(picture).resize((THUMB, THUMB), Image.Resampling.BILINEAR)
-
-
-def _image(image: Image.Image, alt: str) -> str:
-    return f'<img loading=lazy alt="{escape(alt)}" src="{jpeg_uri(image)}">'
-
-
-SCORES = ("Of the whole split, from each run's results.json, in the default modes. FPR is the share of pixels "
-          "predicted under a sound that nothing in the picture makes (ideal 0).")
-FEATURES = ("A point per second and modality: the decoder's mask features, averaged where the model sees something "
-            "that sounds, and its sound, both after they have met. Each modality is centred and every vector has "
-            "length 1; distances are cosine distances. The picture is a t-SNE of both modalities together: its axes "
-            "mean nothing, and panels cannot be laid over one another. The numbers are of all dimensions. ")
-BY_CLASS = ("Coloured by the one class that is seen and heard in that second; grey where several, none or one off the "
-            "screen sound, which do not count in the numbers. The nearest second is looked for in other clips.")
-BY_CLIP = ("The classes of these clips are not known: coloured by clip. The nearest second may be one of the clip "
-           "itself.")
-GALLERY = ("Of every clip the labelled second on which the runs' probabilities differ most. Below each prediction is "
-           "the probability of the foreground, before the threshold, black for 0 and bright for 1: the model's output, "
-           "not an attention map. J is of the whole clip.")
-STYLE = """
-.gallery td img{display:block;width:100%;min-width:110px;max-width:200px;border-radius:4px;margin-bottom:4px}
-.gallery small{display:block;color:var(--soft);font-weight:400;font-variant-numeric:tabular-nums}
-"""

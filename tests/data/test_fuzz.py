@@ -38,8 +38,9 @@ from icf.data.folder import open_frames, read_clips
 from icf.data.transforms import resize_frame
 from icf.data.video import open_video, read_sound, write_video
 from icf.engine.checkpoint import load_state, load_weights, read_config, read_notes, save_state, save_weights
-from icf.engine.evaluate import read_history, read_mask, read_results
-from icf.engine.report import curves
+from icf.engine.curves import curves
+from icf.engine.masks import read_mask
+from icf.engine.results import read_history, read_results
 from icf.engine.train import Progress
 from icf.objective.towers import text_tower
 from icf.weights import read_weights

@@ -8,21 +8,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from icf.engine.report import (
-    FALSE,
-    MISSED,
-    RIGHT,
-    Sample,
-    contact_sheet,
-    curves,
-    mel_picture,
-    overlay,
-    page,
-    score_sections,
-    score_tables,
-    strips,
-    write_report,
-)
+from icf.engine.curves import curves
+from icf.engine.pictures import FALSE, MISSED, RIGHT, Sample, contact_sheet, mel_picture, overlay, strips
+from icf.engine.report import page, write_report
+from icf.engine.score_tables import score_sections, score_tables
 
 T, SIDE = 3, 40
 HISTORY = {"steps": [{"step": i, "loss": 1 / i, "bce": 0.5 / i, "lr": 1e-3} for i in range(1, 40)],

@@ -9,7 +9,7 @@ import yaml
 
 from icf.cli import ablations, main, preset_file, presets
 from icf.config import Config, build_config, config_parser
-from icf.engine.evaluate import SCORES
+from icf.engine.results import SCORES
 from icf.objective.objective import ICFObjective
 from icf.studies import ablate as module
 from icf.studies.ablate import ablate, figure_5, table_2
