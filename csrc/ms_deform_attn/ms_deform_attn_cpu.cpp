@@ -5,6 +5,7 @@
 #include "common/pages.h"
 #include "common/simd.h"
 #include "ms_deform_attn/ms_deform_attn_args.h"
+#include "ms_deform_attn/ms_deform_attn_library.h"
 #include "ms_deform_attn/ms_deform_attn_math.h"
 
 #include <algorithm>
@@ -630,10 +631,8 @@ Tensor run_forward(const Tensor& value, const std::vector<int64_t>& sizes, const
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, const Tensor& value,
-                                                        const std::vector<int64_t>& sizes, const Tensor* reference,
-                                                        const Tensor& coordinates, const Tensor& weights,
-                                                        bool deterministic) {
+Gradients4 run_backward(const Tensor& grad, const Tensor& value, const std::vector<int64_t>& sizes,
+                        const Tensor* reference, const Tensor& coordinates, const Tensor& weights, bool deterministic) {
   check_value(value);
   Tensor grad_value, grad_reference, grad_coordinates, grad_weights;
   dispatch(value, coordinates, [&](auto t, auto l) {
@@ -658,35 +657,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, cons
   return {grad_value, grad_reference, grad_coordinates, grad_weights};
 }
 
-Tensor forward(const Tensor& value, std::vector<int64_t> sizes, const Tensor& locations, const Tensor& weights) {
-  return run_forward(value, sizes, nullptr, locations, weights);
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& value, std::vector<int64_t> sizes,
-                                            const Tensor& locations, const Tensor& weights, bool deterministic) {
-  auto [grad_value, none, grad_locations, grad_weights] =
-      run_backward(grad, value, sizes, nullptr, locations, weights, deterministic);
-  return {grad_value, grad_locations, grad_weights};
-}
-
-Tensor forward_fused(const Tensor& value, std::vector<int64_t> sizes, const Tensor& reference, const Tensor& offsets,
-                     const Tensor& logits) {
-  return run_forward(value, sizes, &reference, offsets, logits);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_fused(const Tensor& grad, const Tensor& value,
-                                                          std::vector<int64_t> sizes, const Tensor& reference,
-                                                          const Tensor& offsets, const Tensor& logits,
-                                                          bool deterministic) {
-  return run_backward(grad, value, sizes, &reference, offsets, logits, deterministic);
-}
+using Registered = Operators<run_forward, run_backward>;
 
 }  // namespace
 }  // namespace icf
 
-STABLE_TORCH_LIBRARY_IMPL(icf, CPU, m) {
-  m.impl("ms_deform_attn.cpp", TORCH_BOX(&icf::forward));
-  m.impl("ms_deform_attn_backward.cpp", TORCH_BOX(&icf::backward));
-  m.impl("ms_deform_attn_fused.cpp", TORCH_BOX(&icf::forward_fused));
-  m.impl("ms_deform_attn_fused_backward.cpp", TORCH_BOX(&icf::backward_fused));
-}
+STABLE_TORCH_LIBRARY_IMPL(icf, CPU, m) { icf::Registered::add_to(m, "cpp"); }

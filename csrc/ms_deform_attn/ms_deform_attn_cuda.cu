@@ -4,6 +4,7 @@
 // same bits every time), or where the maps are large for that and determinism was not asked for, by atomics.
 #include "common/cuda.h"
 #include "ms_deform_attn/ms_deform_attn_args.h"
+#include "ms_deform_attn/ms_deform_attn_library.h"
 #include "ms_deform_attn/ms_deform_attn_math.h"
 
 #include <algorithm>
@@ -538,10 +539,8 @@ void launch_owners(const Geometry& g, const Inputs<A, L>& in, const T* grad, con
          static_cast<unsigned>(tiles), static_cast<unsigned>(slices));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, const Tensor& value,
-                                                        const std::vector<int64_t>& sizes, const Tensor* reference,
-                                                        const Tensor& coordinates, const Tensor& weights,
-                                                        bool deterministic) {
+Gradients4 run_backward(const Tensor& grad, const Tensor& value, const std::vector<int64_t>& sizes,
+                        const Tensor* reference, const Tensor& coordinates, const Tensor& weights, bool deterministic) {
   check_value(value);
   Tensor grad_value, grad_reference, grad_coordinates, grad_weights;
   dispatch(value, coordinates, [&](auto t, auto l) {
@@ -596,35 +595,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad, cons
   return {grad_value, grad_reference, grad_coordinates, grad_weights};
 }
 
-Tensor forward(const Tensor& value, std::vector<int64_t> sizes, const Tensor& locations, const Tensor& weights) {
-  return run_forward(value, sizes, nullptr, locations, weights);
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& value, std::vector<int64_t> sizes,
-                                            const Tensor& locations, const Tensor& weights, bool deterministic) {
-  auto [grad_value, none, grad_locations, grad_weights] =
-      run_backward(grad, value, sizes, nullptr, locations, weights, deterministic);
-  return {grad_value, grad_locations, grad_weights};
-}
-
-Tensor forward_fused(const Tensor& value, std::vector<int64_t> sizes, const Tensor& reference, const Tensor& offsets,
-                     const Tensor& logits) {
-  return run_forward(value, sizes, &reference, offsets, logits);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_fused(const Tensor& grad, const Tensor& value,
-                                                          std::vector<int64_t> sizes, const Tensor& reference,
-                                                          const Tensor& offsets, const Tensor& logits,
-                                                          bool deterministic) {
-  return run_backward(grad, value, sizes, &reference, offsets, logits, deterministic);
-}
+using Registered = Operators<run_forward, run_backward>;
 
 }  // namespace
 }  // namespace icf
 
-ICF_CUDA_LIBRARY(m) {
-  m.impl("ms_deform_attn.cuda", TORCH_BOX(&icf::forward));
-  m.impl("ms_deform_attn_backward.cuda", TORCH_BOX(&icf::backward));
-  m.impl("ms_deform_attn_fused.cuda", TORCH_BOX(&icf::forward_fused));
-  m.impl("ms_deform_attn_fused_backward.cuda", TORCH_BOX(&icf::backward_fused));
-}
+ICF_CUDA_LIBRARY(m) { icf::Registered::add_to(m, "cuda"); }
