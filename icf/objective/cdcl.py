@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icf.objective.average import average
 from icf.ops import contrast_positives, gw_contrast, gw_text_contrast
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class CDCL(nn.Module):
         (x, x_mask), (z, z_mask) = x, z
         mask = None if frame_mask is None or texts.shape[2] != steps else frame_mask
         if self.config.kind == "prototype":
-            texts, mask = _mean(texts, None if mask is None else mask[:, None]), None
+            texts, mask = _direction(texts, None if mask is None else mask[:, None]), None
         elif self.config.kind == "feature":
             times = len(x) // len(texts)
             z = z if len(z) == len(x) else z.repeat_interleave(times, 0)
@@ -109,7 +110,7 @@ class CDCL(nn.Module):
     def _set(self, x: Tensor, frame_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What stands for each clip, and which of its vectors count."""
         if self.config.kind == "prototype":
-            return _mean(x, frame_mask), None
+            return _direction(x, frame_mask), None
         if self.config.kind == "feature":
             return x.flatten(0, 1)[:, None], None if frame_mask is None else frame_mask.view(-1, 1)
         return x, frame_mask
@@ -124,8 +125,8 @@ class CDCL(nn.Module):
             votes = votes if frame_mask is None else votes & frame_mask[..., None]
             anchors, mode = _gather(votes.sum(1).argmax(-1), self.group), "labels"
         else:       # the texts of one template are all alike, hence centred
-            anchors, mode = _gather(_mean(text.audio - text.choices.mean(0), frame_mask)[:, 0].detach(), self.group), \
-                config.positives
+            heard = _direction(text.audio - text.choices.mean(0), frame_mask)[:, 0].detach()    # [B, D]
+            anchors, mode = _gather(heard, self.group), config.positives
         positives, ignored = contrast_positives(anchors, mode, theta=config.theta, theta_low=config.theta_low)
         others = ~positives if ignored is None else ~(positives | ignored)
         alone = ~others.any(-1, keepdim=True)
@@ -160,15 +161,14 @@ def pool(maps: Tensor, mask: Tensor | None = None) -> Tensor:
     return (maps.flatten(2) @ weight[..., None])[..., 0]
 
 
-def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
+def _direction(x: Tensor, mask: Tensor | None) -> Tensor:
     """[..,T,d] -> the unit vector [..,1,d] along the mean over what counts."""
-    return F.normalize((x if mask is None else x * mask[..., None]).sum(-2, keepdim=True), dim=-1)
+    return F.normalize(average(x, mask, -2), dim=-1)
 
 
 def _spread(x: Tensor, mask: Tensor | None) -> Tensor:
-    weight = torch.ones_like(x[..., 0]) if mask is None else mask.to(x.dtype)
-    weight = (weight / weight.sum(1, keepdim=True))[..., None]                                  # [B, T, 1]
-    return ((x - (x * weight).sum(1, keepdim=True)).norm(dim=-1, keepdim=True) * weight).sum(1).mean()
+    """Mean distance of the seconds of x [B,T,d] from their mean."""
+    return average((x - average(x, mask)).norm(dim=-1), mask).mean()
 
 
 def _world(group) -> int:

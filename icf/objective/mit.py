@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icf.objective.average import average
 from icf.objective.towers import TEMPLATES
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class MIT(nn.Module):
         audio_text, index = self._match(heard, texts["audio"], "audio", frame_mask)  # [B, T, D], [B, T]
         z = self.composite(visual, audio_text)
         if self.config.z_mode == "pooled":
-            z = _mean(z, frame_mask)
+            z = average(z, frame_mask)
         return Text(z, visual, audio_text, index, texts["audio"], self._losses(texts, {**features, "audio": heard}))
 
     def hearing(self, audio: Tensor) -> Tensor:
@@ -208,11 +209,3 @@ def _slots(tower: nn.Module, config: MITConfig) -> nn.Parameter:
 
 def _gate(dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
-
-
-def _mean(x: Tensor, frame_mask: Tensor | None) -> Tensor:
-    """[B,T,D] -> [B,1,D] over real seconds."""
-    if frame_mask is None:
-        return x.mean(1, keepdim=True)
-    weight = frame_mask.to(x.dtype)[..., None]
-    return (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)

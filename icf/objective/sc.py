@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icf.objective.average import average
 from icf.objective.diffusion import Diffusion
 from icf.ops import orthogonal_blend
 
@@ -76,28 +77,26 @@ class SC(nn.Module):
             wanted: False leaves out the texts, for a run in which they would not be used.
         """
         z = z.float().detach() if self.config.detach_z else z.float()
-        weight = _weights(seen, frame_mask)                                                     # [B, T]
         if z.shape[1] != seen.shape[1]:
-            seen, frame_mask = (seen * weight[..., None]).sum(1, keepdim=True), None
-            weight = torch.ones_like(seen[..., 0])
+            seen, frame_mask = average(seen.float(), frame_mask), None
         if self.generator == "dropout":
             kept = torch.rand(len(z), self.config.candidates, *z.shape[1:], device=z.device) < 0.5
-            return self._keep(z[:, None] * kept, z, None, None, weight, {}, {})
+            return self._keep(z[:, None] * kept, z, None, None, frame_mask, {}, {})
         make = {"diffusion": self._diffuse, "feature": self._rotate, "vqvae": self._quantise}[self.generator]
-        return make(z, seen.detach().float() if self.config.condition else None, frame_mask, weight, wanted)
+        return make(z, seen.detach().float() if self.config.condition else None, frame_mask, wanted)
 
-    def _diffuse(self, z, seen, frame_mask, weight, wanted) -> Counterfactuals:
+    def _diffuse(self, z, seen, frame_mask, wanted) -> Counterfactuals:
         config, diffusion = self.config, self.diffusion
         clean = self._encode(z)                                                                 # [B, T, L]
         source = clean.detach() if config.detach_z else clean
         noise = torch.randn_like(source)                # one for all candidates: noise added is the noise removed
         noised = diffusion.add_noise(source, noise, config.start - 1)
-        rho, alpha = self.degree(noised, weight)                                                # [B, M, T, blocks]
+        rho, alpha = self.degree(noised, frame_mask)                                            # [B, M, T, blocks]
         # The degree is constant here, or it would shrink until nothing is rotated, which is easiest to denoise.
-        losses = self._diffusion_losses(source, rho[:, :1].detach(), seen, frame_mask, weight)
-        losses |= self._degree_loss(noised, rho, weight, losses.pop("target", 0))
+        losses = self._diffusion_losses(source, rho[:, :1].detach(), seen, frame_mask)
+        losses |= self._degree_loss(noised, rho, frame_mask, losses.pop("target", 0))
         if config.latent == "linear":
-            losses["rec"] = _average(1 - F.cosine_similarity(self._decode(clean, z), z, -1), weight)
+            losses["rec"] = average(1 - F.cosine_similarity(self._decode(clean, z), z, -1), frame_mask).mean()
         losses["cf"] = losses["eps"] + config.lambda_ortho * losses["ortho"] + losses.get("rec", 0)
         if not wanted:
             return Counterfactuals(None, None, None, losses, {"degree": rho.mean().detach()})
@@ -112,9 +111,9 @@ class SC(nn.Module):
             texts = z[:, None] + texts[:, 1:] - texts[:, :1]
         else:
             texts = self._decode(diffusion.denoise(rotated, seen, frame_mask, config.grad), z)
-        return self._keep(texts, z, rho, alpha, weight, losses, {"degree": rho.mean().detach()})
+        return self._keep(texts, z, rho, alpha, frame_mask, losses, {"degree": rho.mean().detach()})
 
-    def _diffusion_losses(self, clean, rho, seen, frame_mask, weight) -> dict[str, Tensor]:
+    def _diffusion_losses(self, clean, rho, seen, frame_mask) -> dict[str, Tensor]:
         """Of the denoiser, at a random step: the noise it finds in the clean and the rotated text, and, as the target
         of Eq. 10, the cosine of the two once denoised against that at which they were built."""
         diffusion, config = self.diffusion, self.config
@@ -126,14 +125,14 @@ class SC(nn.Module):
         found = diffusion.predict(rows, t, seen, frame_mask)
         error = (found - noise[:, None]).square().mean(-1)                                      # [B, 2, T]
         error = error.mean(1) if config.predict == "mixed" else error[:, 1]
-        losses = {"eps": _average(error, weight)}
+        losses = {"eps": average(error, frame_mask).mean()}
         if config.ortho == "target":
             cosine = F.cosine_similarity(*diffusion.clean(rows, found, t).unbind(1), dim=-1)    # [B, T]
             built = F.cosine_similarity(noised, rotated, -1)[:, 0].detach()
-            losses["target"] = _average((cosine - built).square(), weight)
+            losses["target"] = average((cosine - built).square(), frame_mask).mean()
         return losses
 
-    def _degree_loss(self, latent, rho, weight, target) -> dict[str, Tensor]:
+    def _degree_loss(self, latent, rho, frame_mask, target) -> dict[str, Tensor]:
         """Eq. 10. The printed form, on unit vectors, is least where nothing is rotated."""
         config = self.config
         if config.ortho == "off":
@@ -141,26 +140,26 @@ class SC(nn.Module):
         cosine = _built_cosine(latent, rho)                                                     # [B, M, T]
         if config.ortho == "paper":
             error = 2 - 2 * cosine + config.lambda_z * cosine.square()
-            return {"ortho": _average(error.mean(1), weight)}
-        excess = _average(cosine.mean(1), weight) - (1 - config.min_degree) ** 0.5
+            return {"ortho": average(error.mean(1), frame_mask).mean()}
+        excess = average(cosine.mean(1), frame_mask).mean() - (1 - config.min_degree) ** 0.5
         return {"ortho": target + config.lambda_z * excess.relu().square()}
 
-    def _rotate(self, z, seen, frame_mask, weight, wanted) -> Counterfactuals:
-        rho, alpha = self.degree(z, weight)
-        losses = self._degree_loss(z, rho, weight, 0)
+    def _rotate(self, z, seen, frame_mask, wanted) -> Counterfactuals:
+        rho, alpha = self.degree(z, frame_mask)
+        losses = self._degree_loss(z, rho, frame_mask, 0)
         losses["cf"] = self.config.lambda_ortho * losses["ortho"]
-        return self._keep(rotate(z, rho), z, rho, alpha, weight, losses, {"degree": rho.mean().detach()})
+        return self._keep(rotate(z, rho), z, rho, alpha, frame_mask, losses, {"degree": rho.mean().detach()})
 
-    def _quantise(self, z, seen, frame_mask, weight, wanted) -> Counterfactuals:
+    def _quantise(self, z, seen, frame_mask, wanted) -> Counterfactuals:
         clean = self._encode(z)
-        rho, alpha = self.degree(clean.detach(), weight)
+        rho, alpha = self.degree(clean.detach(), frame_mask)
         quantised, error = self._nearest(clean)
-        losses = self._degree_loss(clean.detach(), rho, weight, 0)
-        losses["vq"] = _average(error, weight)
-        losses["rec"] = _average(1 - F.cosine_similarity(self._decode(quantised, z), z, -1), weight)
+        losses = self._degree_loss(clean.detach(), rho, frame_mask, 0)
+        losses["vq"] = average(error, frame_mask).mean()
+        losses["rec"] = average(1 - F.cosine_similarity(self._decode(quantised, z), z, -1), frame_mask).mean()
         losses["cf"] = losses["vq"] + losses["rec"] + self.config.lambda_ortho * losses["ortho"]
         texts = self._decode(self._nearest(rotate(clean, rho))[0], z)
-        return self._keep(texts, z, rho, alpha, weight, losses, {"degree": rho.mean().detach()})
+        return self._keep(texts, z, rho, alpha, frame_mask, losses, {"degree": rho.mean().detach()})
 
     def _nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes, with a straight-through gradient, and the codebook and commitment losses [..]."""
@@ -181,14 +180,15 @@ class SC(nn.Module):
         norm = z.norm(dim=-1, keepdim=True)
         return F.normalize(texts, dim=-1) * (norm[:, None] if x.ndim == 4 else norm)
 
-    def _keep(self, texts, z, rho, alpha, weight, losses, statistics) -> Counterfactuals:
+    def _keep(self, texts, z, rho, alpha, frame_mask, losses, statistics) -> Counterfactuals:
         """Eq. 12: the candidates [B,M,T,D] that are closest to the text, on average over its seconds."""
+        real = None if frame_mask is None else frame_mask[:, None]
         keep, cosine = self.config.keep, F.cosine_similarity(texts.detach(), z.detach()[:, None], dim=-1)
-        cosine, best = (cosine * weight[:, None]).sum(-1).topk(keep)                            # [B, K]
+        cosine, best = average(cosine, real, -1)[..., 0].topk(keep)                             # [B, K]
         texts = texts.gather(1, best[..., None, None].expand(-1, -1, *texts.shape[2:]))
         statistics["cosine"] = cosine.mean()
         if rho is not None:
-            rho = (rho.mean(-1) * weight[:, None]).sum(-1).gather(1, best)
+            rho = average(rho.mean(-1), real, -1)[..., 0].gather(1, best)
             alpha = alpha.expand(len(best), -1).gather(1, best)
         return Counterfactuals(texts, rho, alpha, losses, statistics)
 
@@ -211,14 +211,14 @@ class Degree(nn.Module):
             self.intra = _zero(nn.Linear(dim, config.blocks))
         self.blocks = config.blocks
 
-    def forward(self, latent: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """latent: [B,T,L]; weight: [B,T], sum 1 -> rho [B,M,T,blocks], alpha [1,M]."""
+    def forward(self, latent: Tensor, frame_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """latent: [B,T,L]; frame_mask: [B,T] bool, real seconds -> rho [B,M,T,blocks], alpha [1,M]."""
         (b, steps, _), low, high = latent.shape, *self.interval
         alpha = (low + (high - low) * self.theta.sigmoid())[None]                               # [1, M]
         rho = alpha[..., None, None].expand(b, -1, steps, self.blocks)
         unit = latent / latent.norm(dim=-1, keepdim=True).clamp(min=1e-6) * latent.shape[-1] ** 0.5
         if self.mode != "intra":
-            clip = self.inter((unit * weight[..., None]).sum(1))                                # [B, 1]
+            clip = self.inter(average(unit, frame_mask)[:, 0])                                  # [B, 1]
             rho = rho * self._factor(clip.expand(-1, alpha.shape[1]))[..., None, None]
         if self.mode != "inter":
             rho = rho * self._factor(self.intra(unit)[:, None].expand_as(rho))
@@ -240,18 +240,6 @@ def _built_cosine(x: Tensor, rho: Tensor) -> Tensor:
     share = x.unflatten(-1, (rho.shape[-1], -1)).square().sum(-1)                               # [B, T, blocks]
     share = share / share.sum(-1, keepdim=True).clamp(min=1e-12)
     return (share[:, None] * (1 - rho).sqrt()).sum(-1)
-
-
-def _weights(x: Tensor, frame_mask: Tensor | None) -> Tensor:
-    """What each second of x [B,T,C] counts, [B,T], sum 1."""
-    if frame_mask is None:
-        return x.new_full(x.shape[:2], 1 / x.shape[1])
-    return frame_mask / frame_mask.sum(1, keepdim=True)
-
-
-def _average(x: Tensor, weight: Tensor) -> Tensor:
-    """Mean over clips of the weighted mean over seconds of x [B,T]."""
-    return (x * weight).sum(1).mean()
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:

@@ -183,7 +183,7 @@ def test_gradient_passes_the_steps_asked_for(grad, calls, settle):
 @pytest.mark.parametrize("mode", ["both", "inter", "intra"])
 def test_degree_lies_in_its_interval_and_varies_where_it_should(mode):
     degree = Degree(16, SCConfig(**{**SMALL_SC, "mode": mode, "alpha": (0.7, 0.8)}))
-    rho, alpha = degree(torch.randn(4, T, 16), torch.full((4, T), 1 / T))
+    rho, alpha = degree(torch.randn(4, T, 16))
     assert rho.shape == (4, 5, T, 2) and (alpha > 0.7).all() and (alpha < 0.8).all()
     assert (rho > 0).all() and (rho < 0.8).all()
     assert (rho.std((2, 3)).max() > 1e-3) == (mode != "inter")              # within a clip
