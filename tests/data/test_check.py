@@ -13,7 +13,9 @@ from PIL import Image
 from icf.data import toy
 from icf.data.audio import load_wav, log_mel_examples
 from icf.data.avsbench import read_index
-from icf.data.check import SHOWN, STRAY, check, stray_components
+from icf.data.check import check
+from icf.data.check.labels import STRAY, stray_components
+from icf.data.check.report import SHOWN
 
 
 def run(root, subset="s4", deep=True):

@@ -1,0 +1,66 @@
+"""One clip, file by file."""
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from icf.data.avsbench import Record, open_picture
+from icf.data.check.findings import Clip, reason, relative
+from icf.data.check.labels import check_colours, check_label
+from icf.data.check.layout import LABELS, coloured_path, label_paths
+from icf.data.check.sounds import check_log_mel, check_sound
+
+SIDE = 224  # pixels of S4's and MS3's frames
+
+
+def examine(record: Record, folder: Path, subset: str, classes: list[str], deep: bool) -> Clip:
+    clip = Clip()
+
+    def present(path: Path, check: str, level: str = "error") -> bool:
+        if not path.is_file():
+            elsewhere = [label for label in LABELS if (folder / label / record.sound.parent.name).is_dir()]
+            hint = f"missing; the clip is in {elsewhere[0]}" if subset == "avss" and elsewhere and \
+                record.source not in elsewhere else "missing"
+            clip.add(check, level, relative(path, folder), hint)
+        return path.is_file()
+
+    sizes = {}
+    for path in record.frames:
+        if present(path, "files"):
+            sizes[path.stem] = _frame(path, folder, subset, deep, clip)
+    for path in label_paths(record):
+        if present(path, "files"):
+            size, values = check_label(path, record, folder, classes, deep, clip)
+            frame = sizes.get(path.stem)
+            if subset not in ("s4", "ms3") and size and frame and size != frame:
+                clip.add("labels", "error", relative(path, folder), f"is {size[0]}x{size[1]}, its frame "
+                                                                     f"{frame[0]}x{frame[1]}")
+            if subset == "avss" and present(coloured_path(path), "colours", "warning") and values is not None:
+                check_colours(coloured_path(path), values, folder, len(classes), clip)
+    if present(record.sound, "files"):
+        check_sound(record, folder, deep, clip)
+    if record.log_mel is not None and record.log_mel.is_file():
+        clip.counts["log-mel files"] += 1
+        if deep:
+            check_log_mel(record, folder, clip)
+    return clip
+
+
+def _frame(path: Path, folder: Path, subset: str, deep: bool, clip: Clip) -> tuple[int, int] | None:
+    """Width and height, or None for a broken file."""
+    where = relative(path, folder)
+    try:
+        with open_picture(path) as image:
+            if deep:
+                image.load()
+                clip.first = clip.first or hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+            size, mode = image.size, image.mode
+    except ValueError as error:
+        clip.add("frames", "error", where, reason(error))
+        return None
+    clip.counts["frames"] += 1
+    if mode != "RGB":
+        clip.add("frames", "warning", where, f"has mode {mode}, expected RGB")
+    if subset in ("s4", "ms3") and size != (SIDE, SIDE):
+        clip.add("frames", "warning", where, f"is {size[0]}x{size[1]}, expected {SIDE}x{SIDE}")
+    return size
