@@ -1,6 +1,8 @@
 """Several processes train as one does with the batch of all of them: contrast over all clips, DDP and FSDP2."""
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,22 +14,14 @@ from icf.data import Batch
 from icf.model.icf import ICF
 
 PROCESSES = 2
-SMALL = {
-    "model": {"visual": {"name": "test_resnet", "weights": "none"}, "context": {"dim": 8},
-              "audio": {"weights": "none", "width": 0.0625, "train": True},
-              "decoder": {"dim": 16, "pixel_layers": 1, "pixel_ffn": 32, "layers": 1, "ffn": 32, "heads": 2,
-                          "queries": 4}},
-    "objective": {"mit": {"frame": "hash", "video": "hash", "audio": "hash", "texts": 6}, "sc": {"enabled": False},
-                  "cdcl": {"dim": 16, "text_negatives": "batch"}},  # nothing random
-}
 PROBLEMS = {"index": {"positives": "index"}, "diag": {"positives": "diag"}, "threshold": {"positives": "threshold"},
             "prototype": {"kind": "prototype"}, "feature": {"kind": "feature"}}
 TERMS = ("va", "al", "vl", "alone", "bce", "dice", "focal")
 
 
-def make_model(**cdcl) -> ICF:
-    cdcl = {**SMALL["objective"]["cdcl"], **cdcl}
-    cfg = Config.from_dict({**SMALL, "objective": {**SMALL["objective"], "cdcl": cdcl}})
+def make_model(values: dict) -> ICF:
+    """The model of a configuration."""
+    cfg = Config.from_dict(values)
     torch.manual_seed(0)
     return ICF(cfg.model, cfg.loss, cfg.objective)
 
@@ -64,8 +58,9 @@ def work(rank: int, path: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=PROCESSES)
     batch = clips(rank, PROCESSES)
-    results = {name: step(DistributedDataParallel(make_model(**cdcl)), batch) for name, cdcl in PROBLEMS.items()}
-    sharded = make_model()
+    problems = json.loads(Path(path, "problems.json").read_text())
+    sharded = make_model(problems.pop("fsdp2"))
+    results = {name: step(DistributedDataParallel(make_model(values)), batch) for name, values in problems.items()}
     for layer in sharded.pixel_decoder.layers:
         fully_shard(layer)
     results["fsdp2"] = step(fully_shard(sharded), batch)
@@ -74,9 +69,19 @@ def work(rank: int, path: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def problems(small):
+    """Configurations in which nothing is random, by name."""
+    decoder = {"dim": 16, "pixel_ffn": 32, "layers": 1, "ffn": 32, "heads": 2, "queries": 4}
+    return {name: small(model={"visual": {"freeze_norm": True}, "decoder": decoder},
+                        objective={"sc": {"enabled": False}, "cdcl": {"text_negatives": "batch", **cdcl}}).to_dict()
+            for name, cdcl in {**PROBLEMS, "fsdp2": {}}.items()}
+
+
+@pytest.fixture(scope="module")
+def results(problems, tmp_path_factory):
     """What the processes computed, by problem, of each process."""
     path = tmp_path_factory.mktemp("processes")
+    (path / "problems.json").write_text(json.dumps(problems))
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['work'](int(sys.argv[2]), sys.argv[3])"
     processes = [subprocess.Popen([sys.executable, "-c", code, __file__, str(rank), str(path)])
                  for rank in range(PROCESSES)]
@@ -85,8 +90,8 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*PROBLEMS, "fsdp2"])
-def test_processes_train_as_one_does_with_all_clips(results, name):
-    expected = step(make_model(**PROBLEMS.get(name, {})), clips())
+def test_processes_train_as_one_does_with_all_clips(problems, results, name):
+    expected = step(make_model(problems[name]), clips())
     for result in results:
         for term in ("va", "al", "vl", "alone"):  # contrasted over all clips: the whole, in every process
             torch.testing.assert_close(result[name][term], expected[term], rtol=1e-5, atol=1e-6, msg=term)

@@ -11,37 +11,33 @@ from icf.model.icf import ICF
 from icf.model.packing import SILENT, Packing
 
 HOSTS = ["tpavi", "avsegformer"]
-SMALL = {
-    "model": {"visual": {"name": "test_resnet", "weights": "none", "freeze_norm": False}, "context": {"dim": 8},
-              "audio": {"weights": "none", "width": 0.0625, "train": True},
-              "decoder": {"dim": 32, "pixel_layers": 1, "pixel_ffn": 32, "layers": 2, "ffn": 32, "heads": 4,
-                          "queries": 6}},
-    "objective": {"mit": {"frame": "hash", "video": "hash", "audio": "hash", "texts": 6},
-                  "sc": {"dim": 16, "blocks": 2, "candidates": 5, "keep": 3, "ddim_steps": 4, "width": 16, "layers": 1,
-                         "heads": 2},
-                  "cdcl": {"dim": 16}},
-}
 
 
-def settings(network, icf=False, classes=1, loss=None, mit=None) -> Config:
-    return Config.from_dict({
-        **SMALL, "model": {**SMALL["model"], "network": network, "classes": classes}, "loss": loss or {},
-        "objective": {**SMALL["objective"], "enabled": icf, "mit": {**SMALL["objective"]["mit"], **(mit or {})}}})
+@pytest.fixture
+def settings(small):
+    """The configuration of a host, with the objective where `icf` says so."""
+    def settings(network, icf=False, classes=1, loss=None, mit=None) -> Config:
+        return small(model={"network": network, "classes": classes, "decoder": {"layers": 2}}, loss=loss or {},
+                     objective={"enabled": icf, "mit": mit or {}})
+    return settings
 
 
-def make(*args, **options):
-    torch.manual_seed(0)
-    return build_model(settings(*args, **options))
+@pytest.fixture
+def make(settings):
+    def make(*args, **options):
+        torch.manual_seed(0)
+        return build_model(settings(*args, **options))
+    return make
 
 
-def test_the_network_is_chosen_by_the_configuration():
+def test_the_network_is_chosen_by_the_configuration(make):
     assert isinstance(make("icf"), ICF)
     assert [type(make(host)).__name__ for host in HOSTS] == ["TPAVI", "AVSegFormer"]
 
 
 @pytest.mark.parametrize("classes", [1, 7])
 @pytest.mark.parametrize("host", HOSTS)
-def test_padded_frames_are_never_computed_and_come_out_empty(host, classes, make_batch):
+def test_padded_frames_are_never_computed_and_come_out_empty(host, classes, make, make_batch):
     model, batch = make(host, classes=classes).eval(), make_batch((5, 3), classes=classes)
     counts = []
     for part in (model.visual, model.audio):
@@ -59,7 +55,7 @@ def test_padded_frames_are_never_computed_and_come_out_empty(host, classes, make
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_padded_clip_is_predicted_as_alone(host, make_batch, settle):
+def test_a_padded_clip_is_predicted_as_alone(host, make, make_batch, settle):
     model, batch, short = settle(make(host)).eval(), make_batch((5, 3)), make_batch((3,), steps=3)
     short.frames, short.log_mel = batch.frames[1:, :3], batch.log_mel[1:, :3]
     with torch.no_grad():
@@ -85,7 +81,7 @@ def test_sound_attention_is_the_published_sum_over_all_pixels_of_a_clip(masked, 
 @pytest.mark.parametrize("icf", [False, True])
 @pytest.mark.parametrize(("classes", "labels"), [(1, 1), (7, None)])
 @pytest.mark.parametrize("host", HOSTS)
-def test_gradients_reach_every_trainable_parameter(host, classes, labels, icf, make_batch, settle):
+def test_gradients_reach_every_trainable_parameter(host, classes, labels, icf, make, make_batch, settle):
     model = settle(make(host, icf, classes))
     losses = model(make_batch((5, 3), classes=classes, labels=labels))
     losses.total.backward()
@@ -99,7 +95,7 @@ def test_gradients_reach_every_trainable_parameter(host, classes, labels, icf, m
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_the_objective_reaches_the_encoders_through_the_host(host, make_batch, settle):
+def test_the_objective_reaches_the_encoders_through_the_host(host, make, make_batch, settle):
     model, batch = settle(make(host, True)), make_batch(labels=1)
     terms = model(batch).terms
     (terms["va"] + terms["al"] + terms["vl"]).backward()
@@ -108,7 +104,7 @@ def test_the_objective_reaches_the_encoders_through_the_host(host, make_batch, s
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_with_and_without_icf_a_seed_gives_the_same_host(host, make_batch):
+def test_with_and_without_icf_a_seed_gives_the_same_host(host, make, make_batch):
     model, batch = make(host), make_batch()
     full = make(host, True)
     assert {name for name, _ in full.named_parameters()} - {name for name, _ in model.named_parameters()} == {
@@ -120,7 +116,7 @@ def test_with_and_without_icf_a_seed_gives_the_same_host(host, make_batch):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_nothing_of_the_objective_runs_at_test_time(host, make_batch):
+def test_nothing_of_the_objective_runs_at_test_time(host, make, make_batch):
     model, batch = make(host, True), make_batch()
     for module in model.objective.modules():
         module.register_forward_pre_hook(lambda *_: pytest.fail("a part of training ran"))
@@ -129,7 +125,7 @@ def test_nothing_of_the_objective_runs_at_test_time(host, make_batch):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_sound_changes_the_masks(host, make_batch, settle):
+def test_sound_changes_the_masks(host, make, make_batch, settle):
     model, batch = settle(make(host)).eval(), make_batch()
     with torch.no_grad():
         before = model(batch)
@@ -139,7 +135,7 @@ def test_sound_changes_the_masks(host, make_batch, settle):
 
 @pytest.mark.parametrize("icf", [False, True])
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_few_steps_lower_the_loss(host, icf, make_batch):
+def test_a_few_steps_lower_the_loss(host, icf, make, make_batch):
     model, batch = make(host, icf), make_batch((2, 2), 2)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-3)
     history = []
@@ -155,7 +151,7 @@ def test_a_few_steps_lower_the_loss(host, icf, make_batch):
     ("tpavi", {"dice": 0.0, "focal": 0.0}, {"bce": 1.0}),
     ("avsegformer", {"bce": 0.0, "focal": 0.0}, {"dice": 1.0, "mix": 0.1})])
 @pytest.mark.parametrize("classes", [1, 7])
-def test_total_is_the_published_sum(host, loss, parts, classes, make_batch):
+def test_total_is_the_published_sum(host, loss, parts, classes, make, make_batch):
     losses = make(host, classes=classes, loss=loss)(make_batch(classes=classes))
     if classes > 1:
         parts = {"ce": 1.0, **{name: weight for name, weight in parts.items() if name == "mix"}}
@@ -163,7 +159,7 @@ def test_total_is_the_published_sum(host, loss, parts, classes, make_batch):
     assert ("mix" in losses.terms) == ("mix" in parts)
 
 
-def test_the_foreground_of_classes_trains_the_features_of_avsegformer(make_batch):
+def test_the_foreground_of_classes_trains_the_features_of_avsegformer(make, make_batch):
     """All that is not background, whatever its class; unknown pixels stay unknown."""
     model, batch = make("avsegformer", classes=7), make_batch(classes=7)
     model.train().visual.eval()
@@ -174,7 +170,7 @@ def test_the_foreground_of_classes_trains_the_features_of_avsegformer(make_batch
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_masks_of_unlabelled_frames_do_not_matter(host, make_batch):
+def test_masks_of_unlabelled_frames_do_not_matter(host, make, make_batch):
     model, batch = make(host, True), make_batch(labels=1)
     model.train().visual.eval()
     before = {name: value for name, value in model(batch).detached().items() if name in ("bce", "dice", "mix")}
@@ -184,7 +180,7 @@ def test_masks_of_unlabelled_frames_do_not_matter(host, make_batch):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_bf16_autocast_trains(host, make_batch):
+def test_bf16_autocast_trains(host, make, make_batch):
     model, batch = make(host, True), make_batch((5, 3))
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(batch)
@@ -197,7 +193,7 @@ def test_bf16_autocast_trains(host, make_batch):
 
 @pytest.mark.parametrize("icf", [False, True])
 @pytest.mark.parametrize("host", HOSTS)
-def test_saved_and_loaded_it_segments_the_same(host, icf, make_batch, tmp_path):
+def test_saved_and_loaded_it_segments_the_same(host, icf, make, settings, make_batch, tmp_path):
     model, batch, cfg = make(host, icf), make_batch(), settings(host, icf)
     model(batch)                                                            # moves the statistics of BatchNorm
     save_weights(tmp_path / "best.safetensors", model.state_dict(), cfg)
@@ -216,12 +212,12 @@ def test_saved_and_loaded_it_segments_the_same(host, icf, make_batch, tmp_path):
 @pytest.mark.parametrize(("options", "match"), [
     (dict(loss={"preset": "combo"}), "loss.preset: combo .* model.network=tpavi"),
     (dict(icf=True, mit={"inject": "cross_attention"}), "objective.mit.inject: expected none")])
-def test_what_a_host_does_not_have_is_refused(options, match):
+def test_what_a_host_does_not_have_is_refused(options, match, make):
     with pytest.raises(ValueError, match=match):
         make("tpavi", **options)
 
 
-def test_a_matched_head_is_refused():
+def test_a_matched_head_is_refused(settings):
     cfg = settings("avsegformer")
     cfg.model.decoder.head = "mask2former"
     with pytest.raises(ValueError, match="model.decoder.head: expected auto or dense for model.network=avsegformer"):

@@ -4,21 +4,10 @@ from functools import partial
 import pytest
 import torch
 
-from icf.config import Config
 from icf.model.icf import ICF
 from icf_kernels._common.backend import PROBLEM, use_backend
 from icf_kernels._common.testing import Calls
 
-SMALL = {
-    "model": {"visual": {"name": "test_resnet", "weights": "none", "freeze_norm": False}, "context": {"dim": 8},
-              "audio": {"weights": "none", "width": 0.0625, "train": True},
-              "decoder": {"dim": 32, "pixel_layers": 1, "pixel_ffn": 64, "layers": 1, "ffn": 64, "heads": 4,
-                          "queries": 6}},
-    "objective": {"mit": {"frame": "hash", "video": "hash", "audio": "hash", "texts": 6},
-                  "sc": {"dim": 16, "blocks": 2, "candidates": 5, "keep": 3, "ddim_steps": 2, "width": 16, "layers": 1,
-                         "heads": 2},
-                  "cdcl": {"dim": 16}},
-}
 FAST = [pytest.param(name, marks=pytest.mark.skipif(bool(problem), reason=problem))
         for name, problem in (("cpp", PROBLEM["_C"]),)]
 OPERATORS = {"ms_deform_attn_fused", "orthogonal_blend", "gaussian_w2"}
@@ -27,11 +16,11 @@ plain_descent = partial(torch.optim.SGD, lr=1e-2)
 
 
 @pytest.fixture
-def train(make_batch, settle):
+def train(small, make_batch, settle):
     """Trains the same small model on the same clips, on one backend."""
     def run(backend: str, steps: int, optimizer=plain_descent, autocast: bool = False):
         """Losses of every step, [steps, terms], the total first, and the gradients of the last."""
-        cfg, batch, history = Config.from_dict(SMALL), make_batch((5, 3)), []
+        cfg, batch, history = small(model={"decoder": {"layers": 1}}), make_batch((5, 3)), []
         torch.manual_seed(0)
         model = settle(ICF(cfg.model, cfg.loss, cfg.objective), 0.1)
         optimizer = optimizer([p for p in model.parameters() if p.requires_grad])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from icf import ICFObjective
-from icf.config import CDCLConfig, LossConfig, MITConfig, ObjectiveConfig, SCConfig
+from icf.config import CDCLConfig, MITConfig, ObjectiveConfig, SCConfig
 from icf.context import LevelFeatures, segments
 from icf.objective.cdcl import CDCL, pool
 from icf.objective.diffusion import Diffusion
@@ -487,16 +487,7 @@ def test_towers_of_another_width_are_named():
 @pytest.fixture
 def make_full(make_model):
     """The model of `make_model` with its objective."""
-    from icf.config import AudioConfig, ContextConfig, DecoderConfig, ModelConfig, VisualConfig
-    from icf.model.icf import ICF
-
-    def make(objective=None, classes=1, inference=False, **decoder):
-        sizes = {"dim": 32, "pixel_layers": 1, "pixel_ffn": 64, "layers": 3, "ffn": 64, "heads": 4, "queries": 6}
-        model = ModelConfig(classes, VisualConfig("test_resnet", "none", freeze_norm=False),
-                            AudioConfig("none", width=0.0625, train=True), ContextConfig(dim=8),
-                            DecoderConfig(**{**sizes, **decoder}))
-        return ICF(model, LossConfig(), objective or settings(), inference=inference)
-    return make
+    return lambda objective=None, **options: make_model(objective=objective or settings(), **options)
 
 
 @pytest.mark.parametrize(("classes", "lengths", "labels"), [(1, (5, 5), None), (1, (5, 5), 1), (7, (5, 3), None)])

@@ -27,28 +27,27 @@ from icf.studies.compare import (
 )
 
 DIM, CLIPS, SECONDS = 16, 8, 5                                             # clips of the tiny MS3 test split
-SMALL = {"visual": {"name": "test_resnet", "weights": "none", "freeze_norm": False}, "context": {"dim": 8},
-         "audio": {"weights": "none", "width": 0.0625, "train": True},
-         "decoder": {"dim": DIM, "heads": 2, "pixel_layers": 1, "pixel_ffn": 32, "layers": 1, "ffn": 32, "queries": 4}}
+DECODER = {"dim": DIM, "heads": 2, "pixel_ffn": 32, "layers": 1, "ffn": 32, "queries": 4}
 DATA = {"subset": "ms3", "size": 64, "workers": 0, "cache": True}
 
 
-def save_run(folder, toy_root, seed=0, data=None, **decoder):
-    """A run folder with the weights of a model that was never trained."""
-    torch.manual_seed(seed)
-    model = {**SMALL, "decoder": {**SMALL["decoder"], **decoder}}
-    cfg = Config.from_dict({"data": {**DATA, "root": str(toy_root), **(data or {})}, "model": model,
-                            "eval": {"negatives": ["silence"]}, "out": str(folder)})
-    save_weights(folder / "best.safetensors", ICF(cfg.model).state_dict(), cfg)
-    return folder
+@pytest.fixture(scope="module")
+def save_run(small, toy_root):
+    """Makes a run folder with the weights of a model that was never trained."""
+    def save_run(folder, seed=0, data=None, **decoder):
+        torch.manual_seed(seed)
+        cfg = small(data={**DATA, "root": str(toy_root), **(data or {})}, model={"decoder": {**DECODER, **decoder}},
+                    eval={"negatives": ["silence"]}, out=str(folder))
+        save_weights(folder / "best.safetensors", ICF(cfg.model).state_dict(), cfg)
+        return folder
+    return save_run
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, toy_root):
+def runs(tmp_path_factory, save_run):
     """Two runs, the first one evaluated."""
     folder = tmp_path_factory.mktemp("runs")
-    first, second = save_run(folder / "plain", toy_root), save_run(folder / "no <b>sound", toy_root, 1,
-                                                                   query_mode="learnable")
+    first, second = save_run(folder / "plain"), save_run(folder / "no <b>sound", 1, query_mode="learnable")
     evaluate(*load_model(first), out=first, progress=False, report=False)
     return first, second
 
@@ -88,8 +87,8 @@ def test_scores_are_those_of_the_results_and_missing_ones_are_marked(html, runs)
     assert rows["no &lt;b&gt;sound"] == ["-"] * 6 + ["no results.json"]
 
 
-def test_scores_of_other_clips_are_not_shown(runs, tmp_path, toy_root):
-    run = save_run(tmp_path / "run", toy_root)
+def test_scores_of_other_clips_are_not_shown(runs, save_run, tmp_path):
+    run = save_run(tmp_path / "run")
     results = json.loads((runs[0] / "results.json").read_text())
     (run / "results.json").write_text(json.dumps({**results, "clips": results["clips"][:3], "J": 0.98765}))
     html = compare([run], tmp_path, clips=2, rows=1, progress=False).read_text()
@@ -100,8 +99,8 @@ def test_scores_of_other_clips_are_not_shown(runs, tmp_path, toy_root):
     ({"subset": "s4"}, "data.subset='ms3' in plain and 's4' in other"),
     ({"size": 96}, "data.size=64 in plain and 96 in other"),
 ])
-def test_runs_of_different_data_are_refused(runs, tmp_path, toy_root, capsys, change, message):
-    other = save_run(tmp_path / "other", toy_root, data=change)
+def test_runs_of_different_data_are_refused(runs, save_run, tmp_path, capsys, change, message):
+    other = save_run(tmp_path / "other", data=change)
     with pytest.raises(SystemExit) as stop:
         main(["compare", str(runs[0]), str(other), "--out", str(tmp_path / "out"), "--device", "cpu"])
     error = capsys.readouterr().err
