@@ -169,7 +169,9 @@ def _check(op, *, value, **others):
 
 
 def _check_shape(op, name, tensor, layout, allowed):
-    if tuple(tensor.shape) not in allowed:
+    # size by size, as compilers of symbolic sizes want it: from a list of whole shapes they multiply out all cases
+    if not any(len(shape) == tensor.dim() and all(a == b for a, b in zip(tensor.shape, shape, strict=True))
+               for shape in allowed):
         wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(allowed))
         raise ValueError(f"{op}: {name} must be {layout}, here {wanted}, got {list(tensor.shape)}")
 
@@ -198,8 +200,8 @@ def _symbolic_sizes(op, sizes, pixels):
     for h, w in sizes:
         torch._check(h >= 1)
         torch._check(w >= 1)
-    torch._check(sum(h * w for h, w in sizes) == pixels,
-                 lambda: f"{op}: spatial_shapes must be (height, width) per level, together the pixels of value")
+    torch._check(sum(h * w for h, w in sizes) == pixels,  # a string: torch.export(strict=True) takes no function
+                 f"{op}: spatial_shapes must be (height, width) per level, together the pixels of value")
     return sizes
 
 
