@@ -179,7 +179,8 @@ def _check_shape(op, name, tensor, layout, allowed):
 def _host_sizes(op, spatial_shapes, level_start_index, pixels):
     """((H, W), ...) as host integers, checked against the number of pixels of value."""
     sizes = _host_copy(op, spatial_shapes) if isinstance(spatial_shapes, Tensor) else spatial_shapes
-    if torch.compiler.is_compiling() and isinstance(spatial_shapes, Tensor):
+    sizes = tuple((h, w) for h, w in sizes)
+    if torch.compiler.is_compiling() and (isinstance(spatial_shapes, Tensor) or _symbolic(sizes)):
         return _symbolic_sizes(op, sizes, pixels)
     sizes = tuple((int(h), int(w)) for h, w in sizes)
     if not sizes or any(h < 1 or w < 1 for h, w in sizes) or sum(h * w for h, w in sizes) != pixels:
@@ -194,9 +195,12 @@ def _host_sizes(op, spatial_shapes, level_start_index, pixels):
     return sizes
 
 
+def _symbolic(sizes):
+    return any(isinstance(size, torch.SymInt) for level in sizes for size in level)
+
+
 def _symbolic_sizes(op, sizes, pixels):
-    """((H, W), ...) of a tensor that is read, and checked, when the compiled function runs."""
-    sizes = tuple((h, w) for h, w in sizes)
+    """((H, W), ...) that are read, and checked, when the compiled function runs."""
     for h, w in sizes:
         torch._check(h >= 1)
         torch._check(w >= 1)
