@@ -5,7 +5,7 @@ that were built, and names that were imported, before. Replaced code runs among 
 imports inside of the functions below.
 """
 import sys
-from functools import partial
+from functools import partial, reduce
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -18,14 +18,14 @@ from torch.nn.functional import pad
 from icf.ops import ms_deform_attn
 
 _undo = {}  # library -> what to call to have its own code again
-_own = {}  # module -> its sampling function with its own code, for what the operator does not do
+own = {}  # module -> its sampling function with its own code, for where that is needed
 
 
 def patch_transformers() -> list[str]:
     """Make transformers' Deformable DETR, RT-DETR, RT-DETRv2, D-FINE, DEIMv2, RF-DETR, LW-DETR, Grounding DINO, OMDet,
     PP-DocLayout, Mask2Former, OneFormer and relatives sample with :func:`icf.ops.ms_deform_attn`, in models built
     before and after the call. Outputs and gradients stay the same up to rounding; :func:`unpatch_transformers` undoes
-    it. The ``discrete`` method of RT-DETRv2 and its descendants keeps its own code.
+    it. The ``discrete`` method of RT-DETRv2 and its descendants keeps its own code, and so does an export to ONNX.
 
     Returns:
         The names of the patched models; those that the installed transformers does not have are left out.
@@ -51,7 +51,7 @@ def unpatch_transformers() -> None:
 def patch_mmcv() -> None:
     """Make mmcv's ``MultiScaleDeformableAttention``, and with it mmdet's and mmdet3d's models, sample with
     :func:`icf.ops.ms_deform_attn`, whether built, or imported under other names, before or after the call. Outputs and
-    gradients stay the same up to rounding; :func:`unpatch_mmcv` undoes it.
+    gradients stay the same up to rounding; :func:`unpatch_mmcv` undoes it. An export to ONNX keeps its own code.
 
     An mmcv without compiled operators (mmcv-lite), whose ``mmcv.ops`` cannot be imported, can be after the call; there,
     each of its other compiled operators raises when it is called.
@@ -81,23 +81,24 @@ def unpatch_mmcv() -> None:
 
 
 def _function_of(module, path, replacement):
-    """The function to be replaced, and its replacement, after a look at whether that takes the same arguments."""
-    function = import_module(module)
-    for name in path.split("."):
-        function = getattr(function, name, None)
-    arguments = [code.co_varnames[:code.co_argcount] for code in (getattr(function, "__code__", None),
-                                                                  replacement.__code__) if code is not None]
-    if arguments != arguments[-1:] * 2 or function.__code__.co_freevars:
-        raise RuntimeError(f"{module}: expected {path}({', '.join(arguments[-1])}); this release is not known")
+    """The function to be replaced, and its replacement, if that takes the same arguments."""
+    function = reduce(lambda owner, name: getattr(owner, name, None), path.split("."), import_module(module))
+    code, arguments = getattr(function, "__code__", None), _arguments(replacement.__code__)
+    if code is None or code.co_freevars or _arguments(code) != arguments:
+        raise RuntimeError(f"{module}: expected {path}({', '.join(arguments)}); this release is not known")
     return function, replacement
+
+
+def _arguments(code):
+    return code.co_varnames[:code.co_argcount]
 
 
 def _run(function, replacement):
     """Give a function the code of another. Returns what undoes it."""
-    own = function.__code__
-    _own[function.__module__] = FunctionType(own, function.__globals__, function.__name__, function.__defaults__)
+    code = function.__code__
+    own[function.__module__] = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
     function.__code__ = replacement.__code__
-    return partial(setattr, function, "__code__", own)
+    return partial(setattr, function, "__code__", code)
 
 
 class _NotCompiled(ModuleType):
@@ -119,23 +120,33 @@ class _NotCompiled(ModuleType):
 
 def _forward(self, value, value_spatial_shapes, value_spatial_shapes_list, level_start_index, sampling_locations,
              attention_weights, im2col_step):
-    from icf.patch import ms_deform_attn
+    from icf.patch import keeps_own_code, ms_deform_attn, own
+    if keeps_own_code():
+        return own[__name__](self, value, value_spatial_shapes, value_spatial_shapes_list, level_start_index,
+                             sampling_locations, attention_weights, im2col_step)
     return ms_deform_attn(value, value_spatial_shapes_list, None, sampling_locations, attention_weights)
 
 
 def _sample(value, value_spatial_shapes, sampling_locations, attention_weights):
-    from icf.patch import ms_deform_attn
+    from icf.patch import keeps_own_code, ms_deform_attn, own
+    if keeps_own_code():
+        return own[__name__](value, value_spatial_shapes, sampling_locations, attention_weights)
     return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
 
 
 def _sample_v2(value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method="default"):
-    from icf.patch import _own, by_level, ms_deform_attn
-    if method != "default":
-        return _own[__name__](value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list,
-                              method)
+    from icf.patch import by_level, keeps_own_code, ms_deform_attn, own
+    if keeps_own_code(method):
+        return own[__name__](value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list,
+                             method)
     locations = by_level(sampling_locations, num_points_list)
-    return ms_deform_attn(value, value_spatial_shapes, None, locations,
-                          by_level(attention_weights[..., None], num_points_list)[..., 0])
+    weights = by_level(attention_weights[..., None], num_points_list)[..., 0]
+    return ms_deform_attn(value, value_spatial_shapes, None, locations, weights)
+
+
+def keeps_own_code(method: str = "default") -> bool:
+    """What the operator does not do, and what is exported to ONNX, which has `grid_sample` but not our operator."""
+    return method != "default" or torch.onnx.is_in_onnx_export()
 
 
 def by_level(points: Tensor, numbers: list[int]) -> Tensor:
