@@ -3,7 +3,6 @@ import copy
 import inspect
 import pickle
 import re
-import sys
 from importlib import import_module
 from pathlib import Path
 
