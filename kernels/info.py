@@ -9,13 +9,15 @@ from icf_kernels._common.testing import module, operators, why_not
 
 def report() -> str:
     """The lines that ``icf info`` prints: versions, the native libraries, and every operator on every backend."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    names = {"cuda": lambda: torch.cuda.get_device_name(), "cpu": lambda: f"{torch.get_num_threads()} threads"}
+    name = names.get(device, lambda: "which no kernel is for")()
     lines = [f"python {sys.version.split()[0]}, torch {torch.__version__}, device {device} ({name})"]
     for library, problem in PROBLEM.items():
         built = problem or f"built with {sys.modules[f'icf_kernels.{library}'].built_with}"
         lines.append(f"icf_kernels.{library} {built}")
     lines.append(f"backends asked for: {requested() or 'none, the fastest that can run is taken'}")
+    lines.append("tensors elsewhere than on cpu and cuda, as on mps and xpu: reference, which is plain PyTorch")
     for room, op in operators():
         cases = module(room, "cases").CASES[op]
         for backend in BACKENDS:

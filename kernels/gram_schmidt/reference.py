@@ -7,6 +7,7 @@ from torch import Tensor
 ROUNDS = 7  # of Philox-4x32; the fewest that pass BigCrush (Salmon et al., 2011)
 WORD = 0xFFFFFFFF
 THRESHOLD = {"auto": 0.8, "cgs": 0.0, "cgs2": math.inf}  # a row shortened below it is projected again
+NO_FLOAT64 = ("mps", "xpu")  # XPU: not on every card
 PARALLEL = 8  # noise is parallel to z where so many epsilons of it are left
 RANK_TOL = {dtype: 8 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}  # by what is computed in
 
@@ -14,6 +15,11 @@ RANK_TOL = {dtype: 8 * torch.finfo(dtype).eps for dtype in (torch.float32, torch
 def wide(x: Tensor) -> torch.dtype:
     """What is computed in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _real(device):
+    """What noise is computed in: float64 where the device has it."""
+    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,19 +39,20 @@ def _words(seed, rows, counters, stream):
 
 
 def philox_noise(shape, seed: Tensor, kind: str = "gaussian") -> Tensor:
-    """Noise of a counter-based generator, float64 ``[*shape]``; see README.md for the layout of the counters."""
-    *batch, d = shape
+    """Noise of a counter-based generator, float64 ``[*shape]``, or float32 on devices that have no float64; see
+    README.md for the layout of the counters."""
+    real, (*batch, d) = _real(seed.device), shape
     rows = math.prod(batch)
     if kind == "rademacher":
         words = _words(seed, rows, -(-d // 128), 0)  # [rows, counters, 4]
         bits = words[..., None] >> torch.arange(32, device=seed.device) & 1
-        return (1.0 - 2.0 * bits.double()).flatten(1)[:, :d].reshape(shape)
+        return (1.0 - 2.0 * bits.to(real)).flatten(1)[:, :d].reshape(shape)
     w = _words(seed, rows, -(-d // 4), 0).unflatten(-1, (2, 2))
     u, turn = w[..., 0], w[..., 1]
-    radius = (-2 * torch.log(((u >> 8) | 1).double() * 2.0**-24)).sqrt()  # u is odd: never 0 and never 1
+    radius = (-2 * torch.log(((u >> 8) | 1).to(real) * 2.0**-24)).sqrt()  # u is odd: never 0 and never 1
     signed = ((turn << 2 & WORD) ^ 0x80000000) - 0x80000000  # the lower 30 bits of the word, as a signed fraction
-    angle = math.pi / 4 * (1 + (signed >> 8).double() * 2.0**-23)  # in the first quadrant
-    sign0, sign1 = 1 - 2 * (turn >> 31).double(), 1 - 2 * (turn >> 30 & 1).double()
+    angle = math.pi / 4 * (1 + (signed >> 8).to(real) * 2.0**-23)  # in the first quadrant
+    sign0, sign1 = 1 - 2 * (turn >> 31).to(real), 1 - 2 * (turn >> 30 & 1).to(real)
     pairs = torch.stack([sign0 * radius * angle.cos(), sign1 * radius * angle.sin()], -1)  # [rows, counters, 2, 2]
     return pairs.flatten(1)[:, :d].reshape(shape)
 
