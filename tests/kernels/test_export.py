@@ -125,38 +125,43 @@ class OfTensor(nn.Module):
         return self.layer(query, points, pixels, sizes)
 
 
-def onnx_session(model, args, path, **options):
+def assert_onnx_gives_the_same(model, seen, others, path, **options):
+    """Exports with the inputs `seen`, after a run with them, and runs with `others`, in onnxruntime and in PyTorch."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    torch.onnx.export(model.eval(), args, path, verbose=False, **options)
+    model.eval()(*seen)
+    torch.onnx.export(model, seen, path, verbose=False, **options)
     session = runtime.InferenceSession(path)
-
-    def run(*args):
-        return torch.from_numpy(session.run(None, {i.name: a.numpy() for i, a in zip(session.get_inputs(), args,
-                                                                                     strict=True)})[0])
-    return run
+    for args in (seen, *others):
+        feed = {i.name: a.numpy() for i, a in zip(session.get_inputs(), args, strict=True)}
+        actual = torch.from_numpy(session.run(None, feed)[0])
+        torch.testing.assert_close(actual, model(*args).detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_by_the_old_exporter(tmp_path):
-    model, args = OfMaps(), inputs(2, 7, SIZES)
-    run = onnx_session(model, args, tmp_path / "layer.onnx", dynamo=False)
-    torch.testing.assert_close(run(*args), model(*args).detach(), rtol=1e-4, atol=1e-5)
+    assert_onnx_gives_the_same(OfMaps(), inputs(2, 7, SIZES), [], tmp_path / "layer.onnx", dynamo=False)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_of_any_batch_and_size_of_maps(tmp_path):
-    model = OfMaps()
-    run = onnx_session(model, inputs(4, 7, SIZES), tmp_path / "layer.onnx", dynamo=True, dynamic_shapes=ANY)
-    other = inputs(2, 9, [(8, 4), (7, 3)])
-    torch.testing.assert_close(run(*other), model(*other).detach(), rtol=1e-4, atol=1e-5)
+    assert_onnx_gives_the_same(OfMaps(), inputs(4, 7, SIZES), [inputs(2, 9, [(8, 4), (7, 3)])],
+                               tmp_path / "layer.onnx", dynamo=True, dynamic_shapes=ANY)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_with_sizes_as_a_tensor(tmp_path):
-    model, (query, points, *maps) = OfTensor(), inputs(2, 7, SIZES)
+    query, points, *maps = inputs(2, 7, SIZES)
     pixels = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
-    run = onnx_session(model, (query, points, pixels, torch.tensor(SIZES)), tmp_path / "layer.onnx", dynamo=True)
-    for sizes in (SIZES, OTHER_SIZES):
-        args = query, points, pixels, torch.tensor(sizes)
-        torch.testing.assert_close(run(*args), model(*args).detach(), rtol=1e-4, atol=1e-5)
+    seen, other = ((query, points, pixels, torch.tensor(sizes)) for sizes in (SIZES, OTHER_SIZES))
+    assert_onnx_gives_the_same(OfTensor(), seen, [other], tmp_path / "layer.onnx", dynamo=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_needs_no_operator_of_ours(tmp_path):
+    model, args = OfMaps().eval(), inputs(2, 7, SIZES)
+    expected = model(*args)
+    torch.jit.trace(model, args).save(tmp_path / "layer.pt")
+    loaded = torch.jit.load(tmp_path / "layer.pt")
+    torch.testing.assert_close(loaded(*args), expected)
+    assert "icf::" not in str(loaded.inlined_graph)
