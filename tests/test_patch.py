@@ -11,6 +11,7 @@ import torch
 
 import icf
 import icf.patch
+from icf_kernels._common import backend as backends
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -260,26 +261,49 @@ def test_a_release_that_is_not_known_is_refused_and_nothing_changed(monkeypatch)
     assert own.forward.__code__ is code
 
 
+def first_layer(build):
+    """The first deformable attention of a model in float32, and the arguments with which the model calls it."""
+    model, inputs = prepare(build)
+    layer = next(m for m in model.modules() if type(m).__name__.endswith("MultiscaleDeformableAttention"))
+    given = []
+    hook = layer.register_forward_hook(lambda _, args, kwargs, output: given.extend((args, kwargs)), with_kwargs=True)
+    model.float()(**{name: t.float() if t.is_floating_point() else t for name, t in inputs.items()})
+    hook.remove()
+    return layer, *given
+
+
+@pytest.mark.parametrize("build", [deformable_detr, mask2former, d_fine])
+@pytest.mark.skipif(bool(backends.PROBLEM["_C"]), reason="without native code there is no operator to hold")
+def test_exported_and_compiled_layers_hold_the_operator_while_patched(build, calls):
+    layer, args, kwargs = first_layer(build)
+    expected = layer(*args, **kwargs)[0]
+
+    def operators():
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(*args, **kwargs)[0], expected)
+        nodes = torch.export.export(layer, args, kwargs, strict=False).graph.nodes
+        return [node.name for node in nodes if "icf." in str(node.target)]
+
+    assert not operators()
+    icf.patch_transformers()
+    assert operators() == ["ms_deform_attn"]
+    icf.unpatch_transformers()
+    assert not operators()
+
+
 @pytest.mark.parametrize("build", [deformable_detr, mask2former, rt_detr])
 def test_onnx_export_of_patched_attention(build, tmp_path, calls):
     """A layer of each way of sampling: as a module, as a function. A whole model takes the exporter half a minute."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     icf.patch_transformers()
-    model, inputs = prepare(build)
-    layers = [m for m in model.modules() if type(m).__name__.endswith("MultiscaleDeformableAttention")]
-    given = {}
-    layers[0].register_forward_hook(lambda layer, args, kwargs, output: given.update(args=args, kwargs=kwargs),
-                                    with_kwargs=True)
-    model.float()(**{name: t.float() for name, t in inputs.items()})
-    layers[0]._forward_hooks.clear()
-    layers[0]._forward_hooks_with_kwargs.clear()
-    expected = layers[0](*given["args"], **given["kwargs"])[0]
+    layer, args, kwargs = first_layer(build)
+    expected = layer(*args, **kwargs)[0]
     calls.clear()
-    torch.onnx.export(layers[0], given["args"], tmp_path / "layer.onnx", kwargs=given["kwargs"], dynamo=True,
-                      verbose=False)
+    torch.onnx.export(layer, args, tmp_path / "layer.onnx", kwargs=kwargs, dynamo=True, verbose=False)
     assert not calls  # the layer's own code, in which ONNX knows grid_sample
     session = runtime.InferenceSession(tmp_path / "layer.onnx")
-    tensors = {**inspect.signature(layers[0].forward).bind(*given["args"], **given["kwargs"]).arguments}
+    tensors = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
     feed = {i.name: tensors[i.name].detach().numpy() for i in session.get_inputs()}
     torch.testing.assert_close(torch.from_numpy(session.run(None, feed)[0]), expected.detach(), rtol=1e-4, atol=1e-5)

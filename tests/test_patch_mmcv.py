@@ -82,7 +82,7 @@ USE = """
 import sys
 import pytest
 import torch
-import icf, icf.patch
+import icf, icf.ops, icf.patch
 
 compiled = bool(sys.argv[1:])
 calls, original = [], icf.patch.ms_deform_attn
@@ -117,6 +117,11 @@ before = MultiScaleDeformableAttention(32, 4, 2, 3).double().eval()
 torch.nn.init.normal_(before.sampling_offsets.weight, std=0.1)
 expected, plain = run(before), copied(value, shapes, locations, weights)
 assert not calls
+ours = icf.ops.MSDeformAttn(32, 2, 4, 3).double()  # mmcv's parameters, without its identity
+ours.load_state_dict(before.state_dict())
+query, value_, points = (t.double() for t in tensors)
+torch.testing.assert_close(ours(query.transpose(0, 1), points, value_.transpose(0, 1), shapes).transpose(0, 1) + query,
+                           expected[0])
 icf.patch_mmcv()
 icf.patch_mmcv()
 after = MultiScaleDeformableAttention(32, 4, 2, 3).double().eval()
