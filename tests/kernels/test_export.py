@@ -94,9 +94,12 @@ def test_exported_with_sizes_as_a_tensor(strict, fused):
     function = ms_deform_attn_fused if fused else ms_deform_attn
     cases = module("ms_deform_attn", "cases").CASES[function.__name__]
     value, _, *rest = cases.make_inputs((2, 7, 2, 8, 3, *sum(SIZES, ()), "apart"), torch.float32, "cpu")
-    program = export(Function(function), (value, torch.tensor(SIZES), *rest), strict=strict).module()
-    for sizes in (SIZES, OTHER_SIZES):
-        torch.testing.assert_close(program(value, torch.tensor(sizes), *rest), function(value, sizes, *rest))
+    shapes = ({1: Dim("pixels", min=4, max=9999)}, *[None] * (1 + len(rest)))
+    program = export(Function(function), (value, torch.tensor(SIZES), *rest), strict=strict,
+                     dynamic_shapes=(shapes,)).module()
+    for sizes in (SIZES, OTHER_SIZES, [(6, 9), (4, 2)]):
+        part = value[:, :sum(h * w for h, w in sizes)]
+        torch.testing.assert_close(program(part, torch.tensor(sizes), *rest), function(part, sizes, *rest))
     with pytest.raises(RuntimeError, match="(?i)eq|spatial_shapes must be"):
         program(value, torch.tensor([(6, 10), (3, 4)]), *rest)
 
