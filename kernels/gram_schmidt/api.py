@@ -66,7 +66,7 @@ def orthogonal_blend(
         raise ValueError(f"orthogonal_blend: noise must be a tensor or one of {KINDS}, got {noise!r}")
     if isinstance(noise, str):
         seed = _seed_tensor("orthogonal_blend", seed, generator, z.device)
-    chosen = choose("orthogonal_blend", backend, (z,), ops.CAN_RUN)
+    chosen = choose("orthogonal_blend", backend, (z, ratio, noise, seed), ops.CAN_RUN)
     if chosen == "reference":
         return reference.orthogonal_blend(z, ratio, noise, seed, restore_norm)
     z, shared, inner = _share(z, rows)
@@ -175,7 +175,7 @@ def orthogonal_directions(
     if kind == "haar":
         noise = philox_noise((*z.shape[:-1], k, d), seed, backend=backend).to(reference.wide(z))
         return gram_schmidt(noise, against=z.unsqueeze(-2).to(noise), backend=backend).to(z.dtype)
-    chosen = choose("orthogonal_directions", backend, (z,), ops.CAN_RUN)
+    chosen = choose("orthogonal_directions", backend, (z, seed), ops.CAN_RUN)
     if chosen == "reference":
         return reference.orthogonal_directions(z, k, seed)
     return call("orthogonal_directions", chosen, z.contiguous(), seed, k)

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from .._common.backend import choose
+from .._common.backend import choose, lost_by_kernels
 from .._common.library import call
 from . import ops, reference
 
@@ -251,6 +251,9 @@ def gw_contrast(x: Tensor, y: Tensor, positives: Tensor | str = "diag", *, ignor
         0-dimensional. Rows without negatives count as exactly 0, without gradient.
     """
     _check_contrast("gw_contrast", tau, entropy)
+    if group is not None and lost_by_kernels((x, y, anchors)):
+        raise RuntimeError("gw_contrast: samples are gathered from a group with gradients alone; forward-mode "
+                           "derivatives and the transforms of torch.func need group=None")
     if group is not None and x.ndim == y.ndim == 3:  # first, as a process that raises alone leaves the others waiting
         _check_alike(x, y, group)
     if x.ndim != 3 or y.ndim != 3 or len(x) != len(y) or not len(x):

@@ -47,11 +47,14 @@ def _define(op, arguments):
         ctx.save_for_backward(grad, value, *rest)
 
     def second(ctx, backend, *grads):
+        further = torch.is_grad_enabled()
         with torch.enable_grad():
-            grad, *inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            grad, *inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_()  # apart from each other
+                             for x in ctx.saved_tensors]
             out = _reference(op, inputs[0], ctx.sizes, *inputs[1:])
             first = torch.autograd.grad(out, inputs, grad, create_graph=True)
-            grad_grad, grad_value, *rest = torch.autograd.grad(first, [grad, *inputs], grads, allow_unused=True)
+            grad_grad, grad_value, *rest = torch.autograd.grad(first, [grad, *inputs], grads, allow_unused=True,
+                                                               create_graph=further)
         return grad_grad, grad_value, None, *rest, None
 
     def fake(value, sizes, *rest):
