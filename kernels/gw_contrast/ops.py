@@ -1,4 +1,4 @@
-"""Registration: schemas, shapes, gradient, limits. Imports torch only."""
+"""Registration: schemas, shapes, gradient, operation counts, limits. Imports torch only."""
 import torch
 
 from .._common import backend as backends
@@ -55,10 +55,38 @@ def _backward(ctx, backend, *grads):
     return *call("gaussian_w2_backward", backend, *grads, *ctx.saved_tensors), *[None] * 6
 
 
+FRAME = 6  # operations an element of a frame: the first frame subtracted, two running sums, a row of the factor
+
+
+def _flops(x, y, x_mask, y_mask, spectral, regularization, eps, polar=True):
+    """Factors and traces of each sample; products, means and singular values of each pair; with a gradient singular
+    vectors, and with entropies Gram matrices and their Cholesky factors. Decompositions as in Golub and Van Loan,
+    Matrix Computations, for bidiagonalisation after QR, whatever the kernel does."""
+    (N, Bx, Tx, d), (_, By, Ty, _) = x, y
+    m, n = Tx - 1, Ty - 1
+    small, large = sorted((m, n))
+    samples = sum(B * (FRAME * T * d + 2 * (T - 1) * d) for B, T in ((Bx, Tx), (By, Ty)))
+    if eps:
+        samples += sum(B * (k * k * d + k**3 // 3 + (k**3 if polar else 0)) for B, k in ((Bx, m), (By, n)))
+    singular = 8 * large * small**2 + 11 * small**3 if polar else 2 * large * small**2 + 2 * small**3
+    return N * (samples + Bx * By * (2 * m * n * d + 3 * d + singular))
+
+
+def _backward_flops(grad, grad_x_entropy, grad_y_entropy, x, y, x_mean, y_mean, x_factor, y_factor, x_inverse,
+                    *others):
+    """Weighted polar factors times the factors of x and of y, differences of means, and entropies, if there were."""
+    (N, Bx, Tx, d), (_, By, Ty, _) = x, y
+    m, n = Tx - 1, Ty - 1
+    samples = sum(FRAME * B * T * d for B, T in ((Bx, Tx), (By, Ty)))
+    if len(x_inverse) > 1:
+        samples += sum(2 * B * k * k * d for B, k in ((Bx, m), (By, n)))
+    return N * (samples + Bx * By * (m * n + 4 * m * n * d + 5 * d))
+
+
 define("gaussian_w2", "(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, str spectral, float regularization, "
        "float eps, bool polar=True) -> (" + ", ".join(["Tensor"] * 10) + ")",
-       triton=TRITON, fake=_fake, backward=_backward, setup_context=_setup_context)
+       triton=TRITON, fake=_fake, flops=_flops, backward=_backward, setup_context=_setup_context)
 define("gaussian_w2_backward", "(Tensor grad_distance, Tensor grad_x_entropy, Tensor grad_y_entropy, Tensor x, "
        "Tensor y, Tensor x_mean, Tensor y_mean, Tensor x_factor, Tensor y_factor, Tensor x_inverse, "
        "Tensor y_inverse, Tensor polar, Tensor? x_mask, Tensor? y_mask) -> (Tensor, Tensor)",
-       triton=TRITON, fake=_fake_backward)
+       triton=TRITON, fake=_fake_backward, flops=_backward_flops)

@@ -1,4 +1,7 @@
-"""Registration: schemas, shapes, gradients, limits. Imports torch only."""
+"""Registration: schemas, shapes, gradients, operation counts, limits. Imports torch only."""
+import math
+from functools import partial
+
 import torch
 
 from .._common import backend as backends
@@ -27,6 +30,20 @@ def _reference(op, value, sizes, *rest):
     if op == "ms_deform_attn":
         return reference.ms_deform_attn(value, _pairs(sizes), None, *rest)
     return reference.ms_deform_attn_fused(value, _pairs(sizes), *rest)
+
+
+SOFTMAX = {"ms_deform_attn": 0, "ms_deform_attn_fused": 4}  # operations a logit: difference, exponential, sum, ratio
+
+
+def flops(op, value, sizes, *rest):
+    """Of D channels at 4 corners a product and a sum each, and of each sample 14 for its place and its corners' shares.
+    The last of `rest` is the shape of the weights: one a sample."""
+    return math.prod(rest[-1]) * (8 * value[3] + 14 + SOFTMAX[op])
+
+
+def backward_flops(op, grad, value, sizes, *rest):
+    """Twice the products of the forward: with value for the gradient of the shares, with these for that of value."""
+    return math.prod(rest[-2]) * (16 * value[3] + 40 + SOFTMAX[op])
 
 
 def _define(op, arguments):
@@ -65,10 +82,10 @@ def _define(op, arguments):
 
     inputs = ", ".join(["Tensor value", "SymInt[] sizes", *(f"Tensor {name}" for name in arguments)])
     gradients = ", ".join(["Tensor"] * (1 + len(arguments)))
-    define(op, f"({inputs}) -> Tensor", triton=TRITON, fake=fake, backward=backward,
+    define(op, f"({inputs}) -> Tensor", triton=TRITON, fake=fake, flops=partial(flops, op), backward=backward,
            setup_context=setup_context)
     define(f"{op}_backward", f"(Tensor grad, {inputs}, bool deterministic) -> ({gradients})", triton=TRITON,
-           fake=fake_backward, backward=second, setup_context=setup_second)
+           fake=fake_backward, flops=partial(backward_flops, op), backward=second, setup_context=setup_second)
 
 
 _define("ms_deform_attn", ["locations", "weights"])
