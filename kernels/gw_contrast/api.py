@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from .._common.backend import choose, lost_by_kernels
+from .._common.backend import choose, lost_by_kernels, recall, remember
 from .._common.library import call
 from . import ops, reference
 
@@ -35,6 +35,11 @@ def gaussian_w2(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tens
         Distances ``[N, Bx, By]`` and, per degree of freedom, entropies ``[N, Bx]`` and ``[N, By]``, in float32 or
         float64. Differentiable in ``x`` and ``y``, once; the reference any number of times.
     """
+    masks = [mask for mask in (x_mask, y_mask) if mask is not None]
+    settings = spectral, regularization, eps, x_mask is None, y_mask is None
+    signature, plan = recall("gaussian_w2", backend, settings, x, y, *masks)
+    if plan is not None:
+        return _gaussian_w2(plan, x, y, x_mask, y_mask, spectral, float(regularization), float(eps))
     if x.ndim != 4 or y.ndim != 4 or x.shape[::3] != y.shape[::3] or 0 in (x.shape[2], y.shape[2]):
         raise ValueError("gaussian_w2: x and y must be [N, Bx, Tx, d] and [N, By, Ty, d] with N and d alike and at "
                          f"least one frame each, got {tuple(x.shape)} and {tuple(y.shape)}")
@@ -48,14 +53,21 @@ def gaussian_w2(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tens
     if spectral not in SPECTRAL or not 0 < regularization < math.inf or not 0 <= eps < math.inf:
         raise ValueError(f"gaussian_w2: spectral must be one of {SPECTRAL}, regularization finite and above 0, "
                          f"eps finite and not below, got {spectral!r}, {regularization} and {eps}")
-    dtype = torch.promote_types(x.dtype, y.dtype)
+    dtype, given = torch.promote_types(x.dtype, y.dtype), (x, y)
     x, y = x.to(dtype), y.to(dtype)
     args = x, y, x_mask, y_mask, spectral, float(regularization), float(eps)  # the square of an int may be no number
     chosen = choose("gaussian_w2", backend, args, ops.CAN_RUN)
     if chosen == "reference":
         return reference.gaussian_w2(*args)
+    if x is given[0] and y is given[1]:
+        remember(signature, chosen)
+    return _gaussian_w2(chosen, *args)
+
+
+def _gaussian_w2(backend, x, y, *settings):
     polar = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    return call("gaussian_w2", chosen, *(a.contiguous() if isinstance(a, Tensor) else a for a in args), polar)[:3]
+    args = [a.contiguous() if isinstance(a, Tensor) else a for a in (x, y, *settings)]
+    return call("gaussian_w2", backend, *args, polar)[:3]
 
 
 def _distances(x, y, x_mask, y_mask, spectral, regularization, eps, backend):

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from .._common import backend as backends
-from .._common.library import define, kernel
+from .._common.library import call, define
 from . import reference
 
 TRITON = "icf_kernels.ms_deform_attn.triton"
@@ -55,8 +55,8 @@ def _define(op, arguments):
 
     def backward(ctx, backend, grad):
         value, *rest = ctx.saved_tensors
-        grad_value, *grads = kernel(f"{op}_backward", backend)(grad.contiguous(), value, ctx.sizes, *rest,
-                                                                torch.are_deterministic_algorithms_enabled())
+        grad_value, *grads = call(f"{op}_backward", backend, grad.contiguous(), value, ctx.sizes, *rest,
+                                  torch.are_deterministic_algorithms_enabled())
         return grad_value, None, *grads
 
     def setup_second(ctx, inputs, output):
