@@ -1,5 +1,5 @@
 #include "common/simd.h"
-#include "gw_contrast/gw_contrast_args.h"
+#include "gw_contrast/gw_contrast_cpu.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -264,8 +264,10 @@ Tensor tile(const Tensor& t, int64_t g, int64_t groups, int64_t i, int64_t rows,
   return torch::stable::view(part, {groups, rows * inner, columns});
 }
 
-Forward forward(const Tensor& x, const Tensor& y, const OptionalTensor& x_mask, const OptionalTensor& y_mask,
-                std::string spectral, double regularization, double eps, bool polar) {
+}  // namespace
+
+Forward gw::gaussian_w2(const Tensor& x, const Tensor& y, const OptionalTensor& x_mask, const OptionalTensor& y_mask,
+                        std::string spectral, double regularization, double eps, bool polar) {
   const Side xs = side_of(x, x_mask, false), ys = side_of(y, y_mask, true);
   const Spectral kind = spectral_of(spectral);
   Results out = new_results(x, y, xs, ys, eps, polar);
@@ -302,10 +304,10 @@ Forward forward(const Tensor& x, const Tensor& y, const OptionalTensor& x_mask, 
   return out.all();
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_entropy, const Tensor& grad_y_entropy,
-                                    const Tensor& x, const Tensor& y, const Tensor& x_mean, const Tensor& y_mean, const Tensor& x_factor,
-                                    const Tensor& y_factor, const Tensor& x_inverse, const Tensor& y_inverse,
-                                    const Tensor& polar, const OptionalTensor& x_mask, const OptionalTensor& y_mask) {
+std::tuple<Tensor, Tensor> gw::gaussian_w2_backward(
+    const Tensor& grad, const Tensor& grad_x_entropy, const Tensor& grad_y_entropy, const Tensor& x, const Tensor& y,
+    const Tensor& x_mean, const Tensor& y_mean, const Tensor& x_factor, const Tensor& y_factor, const Tensor& x_inverse,
+    const Tensor& y_inverse, const Tensor& polar, const OptionalTensor& x_mask, const OptionalTensor& y_mask) {
   const int64_t N = x_factor.size(0), Bx = x_factor.size(1), m = x_factor.size(2), d = x_factor.size(3);
   const int64_t n = y_factor.size(1), By = y_factor.size(2);
   Tensor grad_x = allocate(x, x.sizes()), grad_y = allocate(y, y.sizes());
@@ -345,10 +347,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_ent
   return {grad_x, grad_y};
 }
 
-}  // namespace
 }  // namespace icf
 
 STABLE_TORCH_LIBRARY_IMPL(icf, CPU, m) {
-  m.impl("gaussian_w2.cpp", TORCH_BOX(&icf::forward));
-  m.impl("gaussian_w2_backward.cpp", TORCH_BOX(&icf::backward));
+  m.impl("gaussian_w2.cpp", TORCH_BOX(&icf::gw::gaussian_w2));
+  m.impl("gaussian_w2_backward.cpp", TORCH_BOX(&icf::gw::gaussian_w2_backward));
 }

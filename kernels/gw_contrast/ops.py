@@ -90,3 +90,39 @@ define("gaussian_w2_backward", "(Tensor grad_distance, Tensor grad_x_entropy, Te
        "Tensor y, Tensor x_mean, Tensor y_mean, Tensor x_factor, Tensor y_factor, Tensor x_inverse, "
        "Tensor y_inverse, Tensor polar, Tensor? x_mask, Tensor? y_mask) -> (Tensor, Tensor)",
        triton=TRITON, fake=_fake_backward, flops=_backward_flops)
+
+
+def _fake_contrast(x, y, x_mask, y_mask, positives, ignored, spectral, regularization, eps, scale, gamma, entropy,
+                   symmetric, polar):
+    outs = _fake(x[None], y[None], None, None, spectral, regularization, eps, polar)
+    return outs[0].new_empty(()), *outs
+
+
+def _contrast_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], *output[1:], *inputs[2:4])  # x and y, so that a second derivative is refused
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _contrast_backward(ctx, backend, grad, *_):
+    return *call("gw_contrast_backward", backend, grad, *ctx.saved_tensors), *[None] * 12
+
+
+def _contrast_flops(x, y, x_mask, y_mask, positives, ignored, spectral, regularization, eps, *others):
+    """Beside the distances, for each pair in its row and in its column: logit, two exponentials, sums and shares."""
+    symmetric, polar = others[-2:]
+    return (_flops((1, *x), (1, *y), None, None, spectral, regularization, eps, polar)
+            + (16 if symmetric else 8) * x[0]**2)
+
+
+# gaussian_w2 and the loss over it in one call, where a backend has that: what surrounds small batches takes longest.
+# scale: logits over distances, 1 / tau or less that; positives: the diagonal where not given.
+define("gw_contrast", "(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, Tensor? positives, Tensor? ignored, "
+       "str spectral, float regularization, float eps, float scale, float gamma, str entropy, bool symmetric, "
+       "bool polar) -> (" + ", ".join(["Tensor"] * 11) + ")", fake=_fake_contrast, flops=_contrast_flops,
+       backward=_contrast_backward, setup_context=_contrast_setup)
+define("gw_contrast_backward", "(Tensor grad, Tensor x, Tensor y, Tensor grad_distance, Tensor grad_x_entropy, "
+       "Tensor grad_y_entropy, Tensor x_mean, Tensor y_mean, Tensor x_factor, Tensor y_factor, Tensor x_inverse, "
+       "Tensor y_inverse, Tensor polar, Tensor? x_mask, Tensor? y_mask) -> (Tensor, Tensor)",
+       fake=lambda grad, x, y, *_: (torch.empty_like(x), torch.empty_like(y)),
+       flops=lambda grad, x, y, gd, gx, gy, *saved: _backward_flops(gd, gx, gy, (1, *x), (1, *y), *saved))
