@@ -154,7 +154,7 @@ def gram_schmidt(
 
 def _orthonormal(vectors, backend, tol, threshold):
     keep_l = vectors.requires_grad and torch.is_grad_enabled()  # the factor that the backward needs
-    q, _ = call("gram_schmidt", backend, vectors.contiguous(), tol, threshold, keep_l)
+    q = call("gram_schmidt", backend, vectors.contiguous(), tol, threshold, keep_l)[0]
     return q if q.dtype == vectors.dtype else q.to(vectors.dtype)
 
 

@@ -51,7 +51,7 @@ def _gram_schmidt_setup(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
 
 
-def _gram_schmidt_backward(ctx, backend, grad, _):
+def _gram_schmidt_backward(ctx, backend, grad, *_):
     grad = call("gram_schmidt_backward", backend, grad.contiguous(), *ctx.saved_tensors)
     return grad.to(ctx.dtype), None, None, None
 
@@ -103,7 +103,7 @@ define("orthogonal_blend_backward", f"(Tensor grad, {BLEND}) -> (Tensor, Tensor)
 define("gram_schmidt", "(Tensor vectors, float rank_tol, float threshold, bool keep_l) -> (Tensor, Tensor)",
        fake=lambda x, _, __, keep_l: (_wide_like(x, x.shape),
                                       _wide_like(x, (*x.shape[:-1], x.shape[-2]) if keep_l else 0)),
-       flops=_gram_schmidt_flops, backward=_gram_schmidt_backward, setup_context=_gram_schmidt_setup)
+       flops=_gram_schmidt_flops, backward=_gram_schmidt_backward, setup_context=_gram_schmidt_setup, seen=1)
 define("gram_schmidt_backward", "(Tensor grad, Tensor q, Tensor l) -> Tensor",
        fake=lambda grad, q, _: torch.empty_like(q), flops=_gram_schmidt_backward_flops)
 define("orthogonal_directions", "(Tensor z, Tensor seed, SymInt k) -> Tensor", triton=TRITON,

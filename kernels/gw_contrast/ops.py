@@ -85,7 +85,7 @@ def _backward_flops(grad, grad_x_entropy, grad_y_entropy, x, y, x_mean, y_mean, 
 
 define("gaussian_w2", "(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, str spectral, float regularization, "
        "float eps, bool polar=True) -> (" + ", ".join(["Tensor"] * 10) + ")",
-       triton=TRITON, fake=_fake, flops=_flops, backward=_backward, setup_context=_setup_context)
+       triton=TRITON, fake=_fake, flops=_flops, backward=_backward, setup_context=_setup_context, seen=3)
 define("gaussian_w2_backward", "(Tensor grad_distance, Tensor grad_x_entropy, Tensor grad_y_entropy, Tensor x, "
        "Tensor y, Tensor x_mean, Tensor y_mean, Tensor x_factor, Tensor y_factor, Tensor x_inverse, "
        "Tensor y_inverse, Tensor polar, Tensor? x_mask, Tensor? y_mask) -> (Tensor, Tensor)",
@@ -101,7 +101,6 @@ def _fake_contrast(x, y, x_mask, y_mask, positives, ignored, spectral, regulariz
 def _contrast_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:2], *output[1:], *inputs[2:4])  # x and y, so that a second derivative is refused
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
 def _contrast_backward(ctx, backend, grad, *_):
@@ -120,7 +119,7 @@ def _contrast_flops(x, y, x_mask, y_mask, positives, ignored, spectral, regulari
 define("gw_contrast", "(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, Tensor? positives, Tensor? ignored, "
        "str spectral, float regularization, float eps, float scale, float gamma, str entropy, bool symmetric, "
        "bool polar) -> (" + ", ".join(["Tensor"] * 11) + ")", fake=_fake_contrast, flops=_contrast_flops,
-       backward=_contrast_backward, setup_context=_contrast_setup)
+       backward=_contrast_backward, setup_context=_contrast_setup, seen=1)
 define("gw_contrast_backward", "(Tensor grad, Tensor x, Tensor y, Tensor grad_distance, Tensor grad_x_entropy, "
        "Tensor grad_y_entropy, Tensor x_mean, Tensor y_mean, Tensor x_factor, Tensor y_factor, Tensor x_inverse, "
        "Tensor y_inverse, Tensor polar, Tensor? x_mask, Tensor? y_mask) -> (Tensor, Tensor)",

@@ -138,7 +138,7 @@ MISTAKES = {
     "shapes": (lambda: ms_deform_attn(VALUE, [(2, 2)], None, LOCATIONS, WEIGHTS), "together the 6 pixels"),
     "starts": (lambda: ms_deform_attn(VALUE, [(2, 3)], [1], LOCATIONS, WEIGHTS), "level_start_index must be"),
     "dtype": (lambda: ms_deform_attn(VALUE.int(), [(2, 3)], None, LOCATIONS, WEIGHTS), "must be floating point"),
-    "locations": (lambda: ms_deform_attn(VALUE, [(2, 3)], None, LOCATIONS[..., :1], WEIGHTS), "sampling_locations must"),
+    "locations": (lambda: ms_deform_attn(VALUE, [(2, 3)], None, LOCATIONS[..., :1], WEIGHTS), "sampling_locations"),
     "noise": (lambda: orthogonal_blend(X, X[..., 0].abs(), noise="pink"), "noise must be a tensor or one of"),
     "ratio": (lambda: orthogonal_blend(X, X[0, :2, 0]), "ratio must broadcast"),
     "seed": (lambda: orthogonal_blend(X, X[..., 0].abs(), seed=torch.ones(1)), "seed must be an integer"),
