@@ -5,6 +5,7 @@
 `peer` is torch-ms-deform-attn (pip install torch-ms-deform-attn), `grid_sample` the composition of Deformable DETR.
 """
 import argparse
+import random
 import statistics
 import time
 
@@ -71,11 +72,12 @@ def steps(function, args):
 
 
 def medians(runs, seconds):
-    """Median time of each in microseconds, one call of each in turn: short enough to be rarely interrupted."""
+    """Median time of each in microseconds, one call of each in turn: short enough to be rarely interrupted, and in
+    an order that changes, since what ran before leaves caches warm or cold."""
     times = {name: [] for name in runs}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        for name, run in runs.items():
+        for name, run in random.sample([*runs.items()], len(runs)):
             started = time.perf_counter()
             run()
             if DEVICE == "cuda":
