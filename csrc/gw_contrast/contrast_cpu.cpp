@@ -18,14 +18,6 @@ struct Loss {
 
 using ContrastForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Tensor grouped(const Tensor& t) {  // [1, B, ...]
-  std::vector<int64_t> shape(t.sizes().begin(), t.sizes().end());
-  shape.insert(shape.begin(), 1);
-  return torch::stable::view(t, shape);
-}
-
-OptionalTensor grouped(const OptionalTensor& t) { return t.has_value() ? OptionalTensor(grouped(*t)) : t; }
-
 const bool* pairs_of(const OptionalTensor& mask, const Tensor& x) {
   const int64_t B = x.size(0);
   if (!mask.has_value()) return nullptr;
@@ -96,7 +88,7 @@ ContrastForward forward(const Tensor& x, const Tensor& y, const OptionalTensor& 
                   "x and y must be [B, T, d] with B alike and above 0");
   const int64_t B = x.size(0);
   auto [distance, x_entropy, y_entropy, x_mean, y_mean, x_factor, y_factor, x_inverse, y_inverse, factors] =
-      gaussian_w2(grouped(x), grouped(y), grouped(x_mask), grouped(y_mask), spectral, regularization, eps, polar);
+      gaussian_w2(x, y, x_mask, y_mask, spectral, regularization, eps, polar);
   const Loss loss{scale, gamma, eps > 0 && entropy == "in_distance", eps > 0 && entropy == "regularizer", symmetric};
   Tensor value = allocate(distance, {}), grad = allocate(distance, {1, B, B});
   Tensor grad_x_entropy = allocate(distance, {1, B}), grad_y_entropy = allocate(distance, {1, B});
@@ -129,11 +121,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const T
   STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == grad_distance.scalar_type(),
                   "grad must be one number of the dtype of the loss");
   for (const Tensor& t : {grad_distance, grad_x_entropy, grad_y_entropy}) ICF_CHECK_CONTIGUOUS(t);
-  auto [grad_x, grad_y] = gaussian_w2_backward(times(grad_distance, grad), times(grad_x_entropy, grad),
-                                               times(grad_y_entropy, grad), grouped(x), grouped(y), x_mean, y_mean,
-                                               x_factor, y_factor, x_inverse, y_inverse, polar, grouped(x_mask),
-                                               grouped(y_mask));
-  return {torch::stable::view(grad_x, x.sizes()), torch::stable::view(grad_y, y.sizes())};
+  return gaussian_w2_backward(times(grad_distance, grad), times(grad_x_entropy, grad), times(grad_y_entropy, grad), x, y,
+                              x_mean, y_mean, x_factor, y_factor, x_inverse, y_inverse, polar, x_mask, y_mask);
 }
 
 }  // namespace
