@@ -279,7 +279,9 @@ def gw_contrast(x: Tensor, y: Tensor, positives: Tensor | str = "diag", *, ignor
     settings = spectral, regularization, eps, tau, gamma, entropy, symmetric
     diagonal, signature, chosen = isinstance(positives, str) and positives == "diag", None, None
     pairs = (None, None) if diagonal else (positives, ignored)
-    if group is None and sign == "similarity" and (diagonal or isinstance(positives, Tensor)):
+    constant = not any(isinstance(setting, Tensor) for setting in settings)  # a temperature may be learned
+    one_call = constant and group is None and sign == "similarity" and not torch.compiler.is_compiling()
+    if one_call and (diagonal or isinstance(positives, Tensor)):
         given = [t is None for t in (x_mask, y_mask, *pairs)]
         tensors = [t for t in (x, y, x_mask, y_mask, *pairs) if t is not None]
         signature, chosen = recall("gw_contrast", backend, (*settings, *given), *tensors)
@@ -306,7 +308,7 @@ def gw_contrast(x: Tensor, y: Tensor, positives: Tensor | str = "diag", *, ignor
             raise ValueError(f"gw_contrast: {name} must be bool and {(total, total)}, "
                              f"got {mask.dtype} and {tuple(mask.shape)}")
     options = spectral, regularization, eps, backend
-    if group is None and sign == "similarity" and not torch.compiler.is_compiling():
+    if one_call:
         grouped = [None if z is None else z[None] for z in (x, y, x_mask, y_mask)]
         chosen = _choose(*grouped, *options)
         if chosen in IMPLEMENTED["gw_contrast"] and spectral != "entropic" and x.dtype == y.dtype:

@@ -82,3 +82,9 @@ def test_the_printed_sign_warns_at_each_call():
     for _ in range(2):
         with pytest.warns(UserWarning, match="drives positives apart"):
             gw_contrast(x, y, sign="paper")
+
+
+def test_a_learned_temperature_keeps_its_gradient():
+    x, y = clips(torch.float64)
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda tau: gw_contrast(x, y, tau=tau), tau)
