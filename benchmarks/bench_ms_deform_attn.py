@@ -13,6 +13,7 @@ import torch
 
 from icf.ops import ms_deform_attn, ms_deform_attn_fused
 from icf_kernels._common.testing import require_grad
+from icf_kernels.ms_deform_attn import ops
 from icf_kernels.ms_deform_attn.cases import BENCHMARKS, by_grid_sample, make_inputs
 
 try:
@@ -40,14 +41,15 @@ def implementations(shape):
 
 
 def floor(shape, mode, width=4):
-    """Bytes that must be moved and operations that must be done: each tensor once, of value what samples can touch; 4
-    corners of D channels a sample."""
+    """Bytes that must be moved and operations that must be done: each tensor once, of value what samples can touch."""
     B, Q, M, D, P, *sizes, _ = shape
-    S, samples = sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True)), B * Q * M * (len(sizes) // 2) * P
+    S, L = sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True)), len(sizes) // 2
+    samples, shapes = B * Q * M * L * P, ((B, S, M, D), sizes, (B, Q, M, L, P, 2), (B, Q, M, L, P))
     value, out, points = B * S * M * D * width, B * Q * M * D * width, 3 * samples * width
     touched = min(value, 4 * samples * D * width)
-    forward = {"bytes": touched + points + out, "flops": samples * (8 * D + 14)}
-    backward = {"bytes": touched + value + 2 * points + out, "flops": samples * (16 * D + 40)}
+    forward = {"bytes": touched + points + out, "flops": ops.flops("ms_deform_attn", *shapes)}
+    backward = {"bytes": touched + value + 2 * points + out,
+                "flops": ops.backward_flops("ms_deform_attn", (B, Q, M * D), *shapes, False)}
     return forward if mode == "forward" else {key: forward[key] + backward[key] for key in forward}
 
 

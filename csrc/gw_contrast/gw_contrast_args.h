@@ -14,8 +14,9 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 inline Side side_of(const Tensor& frames, const OptionalTensor& mask, bool by_row) {
   ICF_CHECK_CONTIGUOUS(frames);
-  STD_TORCH_CHECK(frames.dim() == 4 && frames.size(2) > 0, "frames must be [N, B, T, d] with T above 0");
-  Side side{frames.size(0), frames.size(1), frames.size(2), frames.size(3), by_row, nullptr};
+  STD_TORCH_CHECK((frames.dim() == 4 || frames.dim() == 3) && frames.size(-2) > 0,
+                  "frames must be [N, B, T, d], or [B, T, d] of one group, with T above 0");
+  Side side{frames.dim() == 4 ? frames.size(0) : 1, frames.size(-3), frames.size(-2), frames.size(-1), by_row, nullptr};
   if (mask.has_value()) {
     STD_TORCH_CHECK(mask->is_contiguous() && mask->scalar_type() == torch::headeronly::ScalarType::Bool &&
                     mask->device() == frames.device() && mask->numel() == side.samples() * side.T,

@@ -1,5 +1,5 @@
 #include "common/simd.h"
-#include "gw_contrast/gw_contrast_args.h"
+#include "gw_contrast/gw_contrast_cpu.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -241,7 +241,16 @@ void multiply(Tensor& out, const Tensor& a, const Tensor& b, double beta) {
   }
 }
 
-Tensor slice(Tensor t, int64_t dim, int64_t start, int64_t length) { return torch::stable::narrow(t, dim, start, length); }
+Tensor slice(Tensor t, int64_t dim, int64_t start, int64_t length) {
+  return length == t.size(dim) ? t : torch::stable::narrow(t, dim, start, length);  // which is found by its name each time
+}
+
+template <typename T>
+Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) {
+  Tensor out = allocate(like, shape);
+  std::fill_n(out.mutable_data_ptr<T>(), out.numel(), T(0));
+  return out;
+}
 
 // Calls f(groups begin, count, rows begin, count) for tiles that are whole groups, or a part of one.
 template <typename F>
@@ -264,8 +273,10 @@ Tensor tile(const Tensor& t, int64_t g, int64_t groups, int64_t i, int64_t rows,
   return torch::stable::view(part, {groups, rows * inner, columns});
 }
 
-Forward forward(const Tensor& x, const Tensor& y, const OptionalTensor& x_mask, const OptionalTensor& y_mask,
-                std::string spectral, double regularization, double eps, bool polar) {
+}  // namespace
+
+Forward gw::gaussian_w2(const Tensor& x, const Tensor& y, const OptionalTensor& x_mask, const OptionalTensor& y_mask,
+                        std::string spectral, double regularization, double eps, bool polar) {
   const Side xs = side_of(x, x_mask, false), ys = side_of(y, y_mask, true);
   const Spectral kind = spectral_of(spectral);
   Results out = new_results(x, y, xs, ys, eps, polar);
@@ -302,21 +313,20 @@ Forward forward(const Tensor& x, const Tensor& y, const OptionalTensor& x_mask, 
   return out.all();
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_entropy, const Tensor& grad_y_entropy,
-                                    const Tensor& x, const Tensor& y, const Tensor& x_mean, const Tensor& y_mean, const Tensor& x_factor,
-                                    const Tensor& y_factor, const Tensor& x_inverse, const Tensor& y_inverse,
-                                    const Tensor& polar, const OptionalTensor& x_mask, const OptionalTensor& y_mask) {
+std::tuple<Tensor, Tensor> gw::gaussian_w2_backward(
+    const Tensor& grad, const Tensor& grad_x_entropy, const Tensor& grad_y_entropy, const Tensor& x, const Tensor& y,
+    const Tensor& x_mean, const Tensor& y_mean, const Tensor& x_factor, const Tensor& y_factor, const Tensor& x_inverse,
+    const Tensor& y_inverse, const Tensor& polar, const OptionalTensor& x_mask, const OptionalTensor& y_mask) {
   const int64_t N = x_factor.size(0), Bx = x_factor.size(1), m = x_factor.size(2), d = x_factor.size(3);
   const int64_t n = y_factor.size(1), By = y_factor.size(2);
   Tensor grad_x = allocate(x, x.sizes()), grad_y = allocate(y, y.sizes());
-  Tensor grad_x_factor = torch::stable::new_zeros(x_factor, {N, Bx, m, d});
-  Tensor grad_y_factor = torch::stable::new_zeros(y_factor, {N, n * By, d});
   const Side xs = side_of(x, x_mask, false), ys = side_of(y, y_mask, true);
   check_saved(xs, ys, {grad, grad_x_entropy, grad_y_entropy, x_mean, y_mean, x_factor, y_factor, x_inverse, y_inverse, polar});
   dispatch_floating(x.scalar_type(), "gaussian_w2_backward", [&](auto zero) {
     using F = decltype(zero);
     using T = acc_t<F>;
     const auto data = [](const Tensor& t) { return t.const_data_ptr<T>(); };
+    Tensor grad_x_factor = zeros<T>(x_factor, {N, Bx, m, d}), grad_y_factor = zeros<T>(y_factor, {N, n * By, d});
     if (polar.numel() > 0) {
       const Tensor rows_of_y = torch::stable::view(y_factor, {N, n * By, d});
       for_tiles(N, Bx, m * n * By, [&](int64_t g, int64_t groups, int64_t i, int64_t rows) {
@@ -345,10 +355,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& grad_x_ent
   return {grad_x, grad_y};
 }
 
-}  // namespace
 }  // namespace icf
 
 STABLE_TORCH_LIBRARY_IMPL(icf, CPU, m) {
-  m.impl("gaussian_w2.cpp", TORCH_BOX(&icf::forward));
-  m.impl("gaussian_w2_backward.cpp", TORCH_BOX(&icf::backward));
+  m.impl("gaussian_w2.cpp", TORCH_BOX(&icf::gw::gaussian_w2));
+  m.impl("gaussian_w2_backward.cpp", TORCH_BOX(&icf::gw::gaussian_w2_backward));
 }

@@ -1,9 +1,10 @@
 import math
+import operator
 
 import torch
 from torch import Tensor
 
-from .._common.backend import choose
+from .._common.backend import choose, recall, remember
 from .._common.library import call
 from . import ops, reference
 
@@ -47,6 +48,13 @@ def orthogonal_blend(
     Raises:
         ValueError: for arguments of the wrong kind or shape. RuntimeError: for a backend that cannot run here.
     """
+    signature = plan = None
+    if isinstance(ratio, Tensor) and isinstance(noise, str):
+        signature, plan = recall("orthogonal_blend", backend, (noise, restore_norm), z, ratio)
+    if plan is not None:
+        chosen, options = plan
+        seed = _seed_tensor("orthogonal_blend", seed, generator, z.device)
+        return call("orthogonal_blend", chosen, z, ratio, seed, options)
     _check_rows("orthogonal_blend", z)
     acc = reference.wide(z)
     if not isinstance(ratio, Tensor):
@@ -66,15 +74,17 @@ def orthogonal_blend(
         raise ValueError(f"orthogonal_blend: noise must be a tensor or one of {KINDS}, got {noise!r}")
     if isinstance(noise, str):
         seed = _seed_tensor("orthogonal_blend", seed, generator, z.device)
-    chosen = choose("orthogonal_blend", backend, (z,), ops.CAN_RUN)
+    chosen = choose("orthogonal_blend", backend, (z, ratio, noise, seed), ops.CAN_RUN)
     if chosen == "reference":
         return reference.orthogonal_blend(z, ratio, noise, seed, restore_norm)
-    z, shared, inner = _share(z, rows)
+    given, (z, shared, inner) = (z, ratio), _share(z, rows)
     kind, source = (2, noise.contiguous()) if isinstance(noise, Tensor) else (KINDS.index(noise), seed)
     if ratio.shape != rows or ratio.dtype != acc:
         ratio = ratio.to(acc).expand(rows)
-    options = [kind, shared, inner, int(restore_norm)]
-    return call("orthogonal_blend", chosen, z.contiguous(), ratio.contiguous(), source, options)
+    options, tensors = [kind, shared, inner, int(restore_norm)], (z.contiguous(), ratio.contiguous())
+    if all(map(operator.is_, tensors, given)):  # as kernels take them
+        remember(signature, (chosen, options))
+    return call("orthogonal_blend", chosen, *tensors, source, options)
 
 
 def gram_schmidt(
@@ -114,6 +124,12 @@ def gram_schmidt(
     Raises:
         ValueError: for arguments of the wrong kind or shape. RuntimeError: for a backend that cannot run here.
     """
+    signature = plan = None
+    if against is None:
+        signature, plan = recall("gram_schmidt", backend, (method, rank_tol), vectors)
+    if plan is not None:
+        q = _orthonormal(vectors, *plan)
+        return (q, _rank(q)) if return_rank else q
     if vectors.dim() < 2 or vectors.shape[-1] == 0 or not vectors.is_floating_point():
         raise ValueError(f"gram_schmidt: vectors must be [*, n, d] with d above 0 and floating point, got "
                          f"{list(vectors.shape)} of {vectors.dtype}")
@@ -129,11 +145,21 @@ def gram_schmidt(
         q = reference.gram_schmidt(vectors, rank_tol, method)
     else:
         tol = reference.RANK_TOL[reference.wide(vectors)] if rank_tol is None else rank_tol
-        keep_l = vectors.requires_grad and torch.is_grad_enabled()  # the factor that the backward needs
-        q, _ = call("gram_schmidt", chosen, vectors.contiguous(), tol, reference.THRESHOLD[method], keep_l)
-        q = q if q.dtype == vectors.dtype else q.to(vectors.dtype)
+        plan = chosen, tol, reference.THRESHOLD[method]
+        remember(signature, plan)
+        q = _orthonormal(vectors, *plan)
     q = q[..., first:, :] if first else q
-    return (q, (q != 0).any(-1).sum(-1)) if return_rank else q
+    return (q, _rank(q)) if return_rank else q
+
+
+def _orthonormal(vectors, backend, tol, threshold):
+    keep_l = vectors.requires_grad and torch.is_grad_enabled()  # the factor that the backward needs
+    q = call("gram_schmidt", backend, vectors.contiguous(), tol, threshold, keep_l)[0]
+    return q if q.dtype == vectors.dtype else q.to(vectors.dtype)
+
+
+def _rank(q):
+    return (q != 0).any(-1).sum(-1)
 
 
 def orthogonal_directions(
@@ -175,7 +201,7 @@ def orthogonal_directions(
     if kind == "haar":
         noise = philox_noise((*z.shape[:-1], k, d), seed, backend=backend).to(reference.wide(z))
         return gram_schmidt(noise, against=z.unsqueeze(-2).to(noise), backend=backend).to(z.dtype)
-    chosen = choose("orthogonal_directions", backend, (z,), ops.CAN_RUN)
+    chosen = choose("orthogonal_directions", backend, (z, seed), ops.CAN_RUN)
     if chosen == "reference":
         return reference.orthogonal_directions(z, k, seed)
     return call("orthogonal_directions", chosen, z.contiguous(), seed, k)

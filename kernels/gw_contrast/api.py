@@ -1,12 +1,13 @@
 import math
 import warnings
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from .._common.backend import choose
+from .._common.backend import IMPLEMENTED, choose, lost_by_kernels, recall, remember
 from .._common.library import call
 from . import ops, reference
 
@@ -35,6 +36,21 @@ def gaussian_w2(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tens
         Distances ``[N, Bx, By]`` and, per degree of freedom, entropies ``[N, Bx]`` and ``[N, By]``, in float32 or
         float64. Differentiable in ``x`` and ``y``, once; the reference any number of times.
     """
+    masks = [mask for mask in (x_mask, y_mask) if mask is not None]
+    settings = spectral, regularization, eps, x_mask is None, y_mask is None
+    signature, plan = recall("gaussian_w2", backend, settings, x, y, *masks)
+    if plan is not None:
+        return _gaussian_w2(plan, x, y, x_mask, y_mask, spectral, float(regularization), float(eps))
+    chosen = _choose(x, y, x_mask, y_mask, spectral, regularization, eps, backend)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    if x.dtype == y.dtype and chosen != "reference":
+        remember(signature, chosen)
+    run = reference.gaussian_w2 if chosen == "reference" else partial(_gaussian_w2, chosen)
+    return run(x.to(dtype), y.to(dtype), x_mask, y_mask, spectral, float(regularization), float(eps))
+
+
+def _choose(x, y, x_mask, y_mask, spectral, regularization, eps, backend):
+    """The backend for these arguments of `gaussian_w2`, which are checked."""
     if x.ndim != 4 or y.ndim != 4 or x.shape[::3] != y.shape[::3] or 0 in (x.shape[2], y.shape[2]):
         raise ValueError("gaussian_w2: x and y must be [N, Bx, Tx, d] and [N, By, Ty, d] with N and d alike and at "
                          f"least one frame each, got {tuple(x.shape)} and {tuple(y.shape)}")
@@ -49,13 +65,14 @@ def gaussian_w2(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tens
         raise ValueError(f"gaussian_w2: spectral must be one of {SPECTRAL}, regularization finite and above 0, "
                          f"eps finite and not below, got {spectral!r}, {regularization} and {eps}")
     dtype = torch.promote_types(x.dtype, y.dtype)
-    x, y = x.to(dtype), y.to(dtype)
-    args = x, y, x_mask, y_mask, spectral, float(regularization), float(eps)  # the square of an int may be no number
-    chosen = choose("gaussian_w2", backend, args, ops.CAN_RUN)
-    if chosen == "reference":
-        return reference.gaussian_w2(*args)
+    args = x.to(dtype), y.to(dtype), x_mask, y_mask, spectral, regularization, eps
+    return choose("gaussian_w2", backend, args, ops.CAN_RUN)
+
+
+def _gaussian_w2(backend, x, y, *settings):  # an int among these would be squared as one, which may be no number
     polar = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    return call("gaussian_w2", chosen, *(a.contiguous() if isinstance(a, Tensor) else a for a in args), polar)[:3]
+    args = [a.contiguous() if isinstance(a, Tensor) else a for a in (x, y, *settings)]
+    return call("gaussian_w2", backend, *args, polar)[:3]
 
 
 def _distances(x, y, x_mask, y_mask, spectral, regularization, eps, backend):
@@ -217,6 +234,14 @@ def _check_contrast(op, tau, entropy):
         raise ValueError(f"{op}: tau must be above 0 and entropy one of {ENTROPY}, got {tau} and {entropy!r}")
 
 
+def _in_one_call(backend, x, y, x_mask, y_mask, positives, ignored, spectral, regularization, eps, tau, gamma, entropy,
+                 symmetric):
+    polar = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    tensors = [t if t is None else t.contiguous() for t in (x, y, x_mask, y_mask, positives, ignored)]
+    return call("gw_contrast", backend, *tensors, spectral, float(regularization), float(eps), -1 / tau, float(gamma),
+                entropy, symmetric, polar)[0]
+
+
 def gw_contrast(x: Tensor, y: Tensor, positives: Tensor | str = "diag", *, ignored: Tensor | None = None,
                 anchors: Tensor | None = None, theta: float = 0.6, theta_low: float = 0.3, k: int = 1,
                 x_mask: Tensor | None = None, y_mask: Tensor | None = None, tau: float = 0.2, gamma: float = 0.1,
@@ -250,7 +275,22 @@ def gw_contrast(x: Tensor, y: Tensor, positives: Tensor | str = "diag", *, ignor
     Returns:
         0-dimensional. Rows without negatives count as exactly 0, without gradient.
     """
+    eps = eps if entropy != "none" and gamma else 0.0
+    settings = spectral, regularization, eps, tau, gamma, entropy, symmetric
+    diagonal, signature, chosen = isinstance(positives, str) and positives == "diag", None, None
+    pairs = (None, None) if diagonal else (positives, ignored)
+    constant = not any(isinstance(setting, Tensor) for setting in settings)  # a temperature may be learned
+    one_call = constant and group is None and sign == "similarity" and not torch.compiler.is_compiling()
+    if one_call and (diagonal or isinstance(positives, Tensor)):
+        given = [t is None for t in (x_mask, y_mask, *pairs)]
+        tensors = [t for t in (x, y, x_mask, y_mask, *pairs) if t is not None]
+        signature, chosen = recall("gw_contrast", backend, (*settings, *given), *tensors)
+    if chosen is not None:
+        return _in_one_call(chosen, x, y, x_mask, y_mask, *pairs, *settings)
     _check_contrast("gw_contrast", tau, entropy)
+    if group is not None and lost_by_kernels((x, y, anchors)):
+        raise RuntimeError("gw_contrast: samples are gathered from a group with gradients alone; forward-mode "
+                           "derivatives and the transforms of torch.func need group=None")
     if group is not None and x.ndim == y.ndim == 3:  # first, as a process that raises alone leaves the others waiting
         _check_alike(x, y, group)
     if x.ndim != 3 or y.ndim != 3 or len(x) != len(y) or not len(x):
@@ -267,8 +307,14 @@ def gw_contrast(x: Tensor, y: Tensor, positives: Tensor | str = "diag", *, ignor
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (total, total)):
             raise ValueError(f"gw_contrast: {name} must be bool and {(total, total)}, "
                              f"got {mask.dtype} and {tuple(mask.shape)}")
-    eps = eps if entropy != "none" and gamma else 0.0
     options = spectral, regularization, eps, backend
+    if one_call:
+        grouped = [None if z is None else z[None] for z in (x, y, x_mask, y_mask)]
+        chosen = _choose(*grouped, *options)
+        if chosen in IMPLEMENTED["gw_contrast"] and spectral != "entropic" and x.dtype == y.dtype:
+            remember(signature, chosen)
+            return _in_one_call(chosen, x, y, x_mask, y_mask, *((None, None) if diagonal else (positives, ignored)),
+                                *settings)
 
     def compare(x, y, x_mask, y_mask):
         """Logits [Bx, By] and the entropies of x and y."""

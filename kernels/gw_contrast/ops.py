@@ -1,4 +1,4 @@
-"""Registration: schemas, shapes, gradient, limits. Imports torch only."""
+"""Registration: schemas, shapes, gradient, operation counts, limits. Imports torch only."""
 import torch
 
 from .._common import backend as backends
@@ -55,10 +55,73 @@ def _backward(ctx, backend, *grads):
     return *call("gaussian_w2_backward", backend, *grads, *ctx.saved_tensors), *[None] * 6
 
 
+FRAME = 6  # operations an element of a frame: the first frame subtracted, two running sums, a row of the factor
+
+
+def _flops(x, y, x_mask, y_mask, spectral, regularization, eps, polar=True):
+    """Factors and traces of each sample; products, means and singular values of each pair; with a gradient singular
+    vectors, and with entropies Gram matrices and their Cholesky factors. Decompositions as in Golub and Van Loan,
+    Matrix Computations, for bidiagonalisation after QR, whatever the kernel does."""
+    (N, Bx, Tx, d), (_, By, Ty, _) = x, y
+    m, n = Tx - 1, Ty - 1
+    small, large = sorted((m, n))
+    samples = sum(B * (FRAME * T * d + 2 * (T - 1) * d) for B, T in ((Bx, Tx), (By, Ty)))
+    if eps:
+        samples += sum(B * (k * k * d + k**3 // 3 + (k**3 if polar else 0)) for B, k in ((Bx, m), (By, n)))
+    singular = 8 * large * small**2 + 11 * small**3 if polar else 2 * large * small**2 + 2 * small**3
+    return N * (samples + Bx * By * (2 * m * n * d + 3 * d + singular))
+
+
+def _backward_flops(grad, grad_x_entropy, grad_y_entropy, x, y, x_mean, y_mean, x_factor, y_factor, x_inverse,
+                    *others):
+    """Weighted polar factors times the factors of x and of y, differences of means, and entropies, if there were."""
+    (N, Bx, Tx, d), (_, By, Ty, _) = x, y
+    m, n = Tx - 1, Ty - 1
+    samples = sum(FRAME * B * T * d for B, T in ((Bx, Tx), (By, Ty)))
+    if len(x_inverse) > 1:
+        samples += sum(2 * B * k * k * d for B, k in ((Bx, m), (By, n)))
+    return N * (samples + Bx * By * (m * n + 4 * m * n * d + 5 * d))
+
+
 define("gaussian_w2", "(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, str spectral, float regularization, "
        "float eps, bool polar=True) -> (" + ", ".join(["Tensor"] * 10) + ")",
-       triton=TRITON, fake=_fake, backward=_backward, setup_context=_setup_context)
+       triton=TRITON, fake=_fake, flops=_flops, backward=_backward, setup_context=_setup_context, seen=3)
 define("gaussian_w2_backward", "(Tensor grad_distance, Tensor grad_x_entropy, Tensor grad_y_entropy, Tensor x, "
        "Tensor y, Tensor x_mean, Tensor y_mean, Tensor x_factor, Tensor y_factor, Tensor x_inverse, "
        "Tensor y_inverse, Tensor polar, Tensor? x_mask, Tensor? y_mask) -> (Tensor, Tensor)",
-       triton=TRITON, fake=_fake_backward)
+       triton=TRITON, fake=_fake_backward, flops=_backward_flops)
+
+
+def _fake_contrast(x, y, x_mask, y_mask, positives, ignored, spectral, regularization, eps, scale, gamma, entropy,
+                   symmetric, polar):
+    outs = _fake(x[None], y[None], None, None, spectral, regularization, eps, polar)
+    return outs[0].new_empty(()), *outs
+
+
+def _contrast_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], *output[1:], *inputs[2:4])  # x and y, so that a second derivative is refused
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _contrast_backward(ctx, backend, grad, *_):
+    return *call("gw_contrast_backward", backend, grad, *ctx.saved_tensors), *[None] * 12
+
+
+def _contrast_flops(x, y, x_mask, y_mask, positives, ignored, spectral, regularization, eps, *others):
+    """Beside the distances, for each pair in its row and in its column: logit, two exponentials, sums and shares."""
+    symmetric, polar = others[-2:]
+    return (_flops((1, *x), (1, *y), None, None, spectral, regularization, eps, polar)
+            + (16 if symmetric else 8) * x[0]**2)
+
+
+# gaussian_w2 and the loss over it in one call, where a backend has that: what surrounds small batches takes longest.
+# scale: logits over distances, 1 / tau or less that; positives: the diagonal where not given.
+define("gw_contrast", "(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, Tensor? positives, Tensor? ignored, "
+       "str spectral, float regularization, float eps, float scale, float gamma, str entropy, bool symmetric, "
+       "bool polar) -> (" + ", ".join(["Tensor"] * 11) + ")", fake=_fake_contrast, flops=_contrast_flops,
+       backward=_contrast_backward, setup_context=_contrast_setup, seen=1)
+define("gw_contrast_backward", "(Tensor grad, Tensor x, Tensor y, Tensor grad_distance, Tensor grad_x_entropy, "
+       "Tensor grad_y_entropy, Tensor x_mean, Tensor y_mean, Tensor x_factor, Tensor y_factor, Tensor x_inverse, "
+       "Tensor y_inverse, Tensor polar, Tensor? x_mask, Tensor? y_mask) -> (Tensor, Tensor)",
+       fake=lambda grad, x, y, *_: (torch.empty_like(x), torch.empty_like(y)),
+       flops=lambda grad, x, y, gd, gx, gy, *saved: _backward_flops(gd, gx, gy, (1, *x), (1, *y), *saved))

@@ -1,12 +1,13 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, Eq. 2 and 3), as users call it."""
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._common.backend import choose
+from .._common.backend import choose, recall, remember
 from .._common.library import call
 from . import ops, reference
 
@@ -43,7 +44,11 @@ def ms_deform_attn(value: Tensor, spatial_shapes: Shapes, level_start_index: Ten
         ValueError: shapes, dtypes or devices that do not fit together.
         RuntimeError: the requested backend cannot run, with the reason.
     """
-    op = "ms_deform_attn"
+    op, tensors = "ms_deform_attn", (value, sampling_locations, attention_weights)
+    signature, plan = recall(op, backend, _settings(op, spatial_shapes, level_start_index), *tensors)
+    if plan is not None:
+        chosen, sizes = plan
+        return call(op, chosen, value, sizes, sampling_locations, attention_weights)
     _check(op, value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
     sizes = _host_sizes(op, spatial_shapes, level_start_index, value.shape[1])
     (B, _, M, _), L, Q, P = value.shape, len(sizes), *_queries_and_points(sampling_locations, value, sizes)
@@ -52,9 +57,11 @@ def ms_deform_attn(value: Tensor, spatial_shapes: Shapes, level_start_index: Ten
     chosen = choose(op, backend, (value, sizes, None, sampling_locations, attention_weights), ops.CAN_RUN)
     if chosen == "reference":
         return reference.ms_deform_attn(value, sizes, None, sampling_locations, attention_weights)
-    cast, locations, weights = _types(value, sampling_locations, attention_weights)
-    out = call(op, chosen, cast, sum(sizes, ()), locations, weights)
-    return out.to(value.dtype)
+    sizes, prepared = sum(sizes, ()), _types(*tensors)
+    if all(map(operator.is_, prepared, tensors)):  # as kernels take them
+        remember(signature, (chosen, sizes))
+    cast, locations, weights = prepared
+    return call(op, chosen, cast, sizes, locations, weights).to(value.dtype)
 
 
 def ms_deform_attn_fused(value: Tensor, spatial_shapes: Shapes, reference_points: Tensor, sampling_offsets: Tensor,
@@ -78,7 +85,12 @@ def ms_deform_attn_fused(value: Tensor, spatial_shapes: Shapes, reference_points
     Raises:
         ValueError, RuntimeError: as :func:`ms_deform_attn`.
     """
-    op = "ms_deform_attn_fused"
+    op, tensors = "ms_deform_attn_fused", (value, reference_points, sampling_offsets, attention_logits)
+    signature, plan = recall(op, backend, _settings(op, spatial_shapes), *tensors)
+    if plan is not None:
+        chosen, sizes, points_shape, offsets_shape = plan
+        return call(op, chosen, value, sizes, reference_points.expand(points_shape),
+                    sampling_offsets.view(offsets_shape), attention_logits.view(offsets_shape[:-1]))
     _check(op, value=value, reference_points=reference_points, sampling_offsets=sampling_offsets,
            attention_logits=attention_logits)
     sizes = _host_sizes(op, spatial_shapes, None, value.shape[1])
@@ -96,7 +108,10 @@ def ms_deform_attn_fused(value: Tensor, spatial_shapes: Shapes, reference_points
     cast, offsets, logits = _types(value, offsets, logits, reference_points)
     points = reference_points.to(torch.promote_types(cast.dtype, torch.float32))  # few, and worth more than 16 bits
     points = _unit_stride(points).expand(B, Q, L, -1)
-    return call(op, chosen, cast, sum(sizes, ()), points, offsets, logits).to(value.dtype)
+    sizes, prepared = sum(sizes, ()), (cast, points, offsets, logits)
+    if signature and all(a.data_ptr() == b.data_ptr() for a, b in zip(prepared, tensors, strict=True)):
+        remember(signature, (chosen, sizes, points.shape, offsets.shape))
+    return call(op, chosen, cast, sizes, points, offsets, logits).to(value.dtype)
 
 
 class MSDeformAttn(nn.Module):
@@ -207,6 +222,19 @@ def _symbolic_sizes(op, sizes, pixels):
     torch._check(sum(h * w for h, w in sizes) == pixels,  # a string: torch.export(strict=True) takes no function
                  f"{op}: spatial_shapes must be (height, width) per level, together the pixels of value")
     return sizes
+
+
+def _settings(op, spatial_shapes, level_start_index=None):
+    """Sizes, and starts where these are read, as host integers that can be remembered; None where compiled."""
+    if torch.compiler.is_compiling():
+        return None
+    sizes = spatial_shapes
+    if isinstance(sizes, Tensor):
+        sizes = map(tuple, _host_copy(op, sizes))
+    starts = level_start_index
+    if isinstance(starts, Tensor):
+        starts = starts.tolist() if _readable(starts) else None
+    return tuple(sizes), None if starts is None else tuple(starts)
 
 
 def _readable(tensor):

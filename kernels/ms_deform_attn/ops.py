@@ -1,8 +1,11 @@
-"""Registration: schemas, shapes, gradients, limits. Imports torch only."""
+"""Registration: schemas, shapes, gradients, operation counts, limits. Imports torch only."""
+import math
+from functools import partial
+
 import torch
 
 from .._common import backend as backends
-from .._common.library import define, kernel
+from .._common.library import call, define
 from . import reference
 
 TRITON = "icf_kernels.ms_deform_attn.triton"
@@ -29,6 +32,20 @@ def _reference(op, value, sizes, *rest):
     return reference.ms_deform_attn_fused(value, _pairs(sizes), *rest)
 
 
+SOFTMAX = {"ms_deform_attn": 0, "ms_deform_attn_fused": 4}  # operations a logit: difference, exponential, sum, ratio
+
+
+def flops(op, value, sizes, *rest):
+    """Of D channels at 4 corners a product and a sum each, and of each sample 14 for its place and its corners' shares.
+    The last of `rest` is the shape of the weights: one a sample."""
+    return math.prod(rest[-1]) * (8 * value[3] + 14 + SOFTMAX[op])
+
+
+def backward_flops(op, grad, value, sizes, *rest):
+    """Twice the products of the forward: with value for the gradient of the shares, with these for that of value."""
+    return math.prod(rest[-2]) * (16 * value[3] + 40 + SOFTMAX[op])
+
+
 def _define(op, arguments):
     """The operator and its backward. The backward's own gradient is that of the definition in plain PyTorch."""
 
@@ -38,8 +55,8 @@ def _define(op, arguments):
 
     def backward(ctx, backend, grad):
         value, *rest = ctx.saved_tensors
-        grad_value, *grads = kernel(f"{op}_backward", backend)(grad.contiguous(), value, ctx.sizes, *rest,
-                                                                torch.are_deterministic_algorithms_enabled())
+        grad_value, *grads = call(f"{op}_backward", backend, grad.contiguous(), value, ctx.sizes, *rest,
+                                  torch.are_deterministic_algorithms_enabled())
         return grad_value, None, *grads
 
     def setup_second(ctx, inputs, output):
@@ -47,11 +64,14 @@ def _define(op, arguments):
         ctx.save_for_backward(grad, value, *rest)
 
     def second(ctx, backend, *grads):
+        further = torch.is_grad_enabled()
         with torch.enable_grad():
-            grad, *inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            grad, *inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_()  # apart from each other
+                             for x in ctx.saved_tensors]
             out = _reference(op, inputs[0], ctx.sizes, *inputs[1:])
             first = torch.autograd.grad(out, inputs, grad, create_graph=True)
-            grad_grad, grad_value, *rest = torch.autograd.grad(first, [grad, *inputs], grads, allow_unused=True)
+            grad_grad, grad_value, *rest = torch.autograd.grad(first, [grad, *inputs], grads, allow_unused=True,
+                                                               create_graph=further)
         return grad_grad, grad_value, None, *rest, None
 
     def fake(value, sizes, *rest):
@@ -62,10 +82,10 @@ def _define(op, arguments):
 
     inputs = ", ".join(["Tensor value", "SymInt[] sizes", *(f"Tensor {name}" for name in arguments)])
     gradients = ", ".join(["Tensor"] * (1 + len(arguments)))
-    define(op, f"({inputs}) -> Tensor", triton=TRITON, fake=fake, backward=backward,
+    define(op, f"({inputs}) -> Tensor", triton=TRITON, fake=fake, flops=partial(flops, op), backward=backward,
            setup_context=setup_context)
     define(f"{op}_backward", f"(Tensor grad, {inputs}, bool deterministic) -> ({gradients})", triton=TRITON,
-           fake=fake_backward, backward=second, setup_context=setup_second)
+           fake=fake_backward, flops=partial(backward_flops, op), backward=second, setup_context=setup_second)
 
 
 _define("ms_deform_attn", ["locations", "weights"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import icf
-from icf.ops import gaussian_wasserstein, gram_schmidt, orthogonal_blend, use_backend
+from icf.ops import gaussian_wasserstein, gram_schmidt, ms_deform_attn, orthogonal_blend, use_backend
 from icf_kernels._common import backend as backends
 from icf_kernels._common.testing import Calls
 
@@ -130,3 +130,73 @@ def test_plain_pytorch_is_warned_of_once():
         for _ in range(2):
             gaussian_wasserstein(X, X, spectral="eps")
     assert len(warned) == 1 and warned[0].filename.endswith("api.py")
+
+
+VALUE, LOCATIONS, WEIGHTS = torch.randn(1, 6, 1, 4), torch.full((1, 2, 1, 1, 1, 2), 0.4), torch.ones(1, 2, 1, 1, 1)
+# Operator -> a call with one thing wrong, which differs from a call that is right in that alone.
+MISTAKES = {
+    "shapes": (lambda: ms_deform_attn(VALUE, [(2, 2)], None, LOCATIONS, WEIGHTS), "together the 6 pixels"),
+    "starts": (lambda: ms_deform_attn(VALUE, [(2, 3)], [1], LOCATIONS, WEIGHTS), "level_start_index must be"),
+    "dtype": (lambda: ms_deform_attn(VALUE.int(), [(2, 3)], None, LOCATIONS, WEIGHTS), "must be floating point"),
+    "locations": (lambda: ms_deform_attn(VALUE, [(2, 3)], None, LOCATIONS[..., :1], WEIGHTS), "sampling_locations"),
+    "noise": (lambda: orthogonal_blend(X, X[..., 0].abs(), noise="pink"), "noise must be a tensor or one of"),
+    "ratio": (lambda: orthogonal_blend(X, X[0, :2, 0]), "ratio must broadcast"),
+    "seed": (lambda: orthogonal_blend(X, X[..., 0].abs(), seed=torch.ones(1)), "seed must be an integer"),
+    "method": (lambda: gram_schmidt(X, method="qr"), "method must be one of"),
+    "tolerance": (lambda: gram_schmidt(X, rank_tol=1.5), "rank_tol must be in"),
+    "mask": (lambda: gaussian_wasserstein(X, X, x_mask=torch.ones(2, 3)), "x_mask must be bool"),
+    "spectral": (lambda: gaussian_wasserstein(X, X, spectral="sharp"), "spectral must be one of"),
+    "regularization": (lambda: gaussian_wasserstein(X, X, regularization=0), "regularization finite and above 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_call_that_was_right_does_not_excuse_another(mistake):
+    wrong, error = MISTAKES[mistake]
+    for _ in range(2):
+        ms_deform_attn(VALUE, [(2, 3)], None, LOCATIONS, WEIGHTS)
+        orthogonal_blend(X, X[..., 0].abs())
+        gram_schmidt(X)
+        gaussian_wasserstein(X, X)
+        with pytest.raises(ValueError, match=error):
+            wrong()
+
+
+@needs_cpp
+def test_what_is_remembered_follows_the_request():
+    for name, expected in [("auto", "cpp"), ("reference", "reference"), ("cpp", "cpp"), ("auto", "cpp")]:
+        icf.set_backend(name)
+        assert {*taken().values(), *taken().values()} == {expected}
+        assert {*taken(backend="reference").values()} == {"reference"}
+    with use_backend("reference"):
+        assert {*taken().values()} == {"reference"}
+    assert {*taken().values()} == {"cpp"}
+
+
+@needs_cpp
+def test_what_is_remembered_of_a_constant_holds_for_a_leaf_and_the_other_way_round():
+    for _ in range(2):
+        for x in (X, X.clone().requires_grad_()):
+            for run in (gram_schmidt, lambda x: orthogonal_blend(x, x[..., 0].detach().abs(), seed=1),
+                        lambda x: gaussian_wasserstein(x, x)):
+                assert run(x).requires_grad == x.requires_grad
+                with torch.no_grad():
+                    assert not run(x).requires_grad
+
+
+@needs_cpp
+def test_sizes_in_a_tensor_are_read_at_each_call():
+    shapes = torch.tensor([(2, 3)])
+    first = ms_deform_attn(VALUE, shapes, None, LOCATIONS, WEIGHTS)
+    shapes.copy_(torch.tensor([(3, 2)]))
+    second = ms_deform_attn(VALUE, shapes, None, LOCATIONS, WEIGHTS)
+    torch.testing.assert_close(second, ms_deform_attn(VALUE, [[3, 2]], None, LOCATIONS, WEIGHTS, backend="reference"))
+    assert not torch.equal(first, second)
+
+
+@needs_cpp
+def test_no_more_is_remembered_than_fits(monkeypatch):
+    monkeypatch.setattr(backends, "MOST_REMEMBERED", 4)
+    for n in range(1, 20):
+        gram_schmidt(torch.randn(1, n, 32))
+        assert len(backends._remembered) <= 4
