@@ -57,8 +57,8 @@ class ComposeConfig:
             `icf/data/compose/classes.yaml`.
     """
 
-    pictures: Path | None = None
-    sounds: Path | None = None
+    pictures: Path | None = field(default=None, compare=False)  # the same clips, wherever their sources were
+    sounds: Path | None = field(default=None, compare=False)
     clips: tuple[int, int, int] = (900, 80, 240)
     size: int = 224
     seed: int = 0

@@ -210,7 +210,7 @@ def sounding_part(waveform: NDArray) -> NDArray:
 
 def fingerprint(part: NDArray) -> NDArray:
     """[256] bool of a sound [n], alike for a copy in another coding or loudness: whether loudness rises more in one of
-    17 bands than in the next, from one of 17 pieces to the next (Haitsma and Kalker, ISMIR 2002, over longer pieces)."""
+    17 bands than in the next, from one of 17 pieces to the next (Haitsma and Kalker, ISMIR 2002, in short)."""
     spectrum = log_mel_spectrogram(torch.from_numpy(part)).numpy()[:, :51]  # up to 4 kHz: many files hold no more
     pieces = [piece.mean(axis=0) for piece in np.array_split(spectrum, 17)]
     energy = np.stack(pieces).reshape(17, 17, 3).mean(axis=2)

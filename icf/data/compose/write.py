@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from icf.data import IGNORE
-from icf.data.avsbench import COMPOSED, SPLITS, VOID, class_palette, read_manifest
+from icf.data.avsbench import COMPOSED, FOLDERS, SPLITS, VOID, class_palette, read_manifest
 from icf.data.compose.classes import read_class_map
 from icf.data.compose.clip import Composed, compose
 from icf.data.compose.plan import Task, counts, plan
 from icf.data.compose.stock import Materials, gather
 from icf.data.layouts import bar, binary_score, class_score, parallel, summarise, write_metadata, write_sound
-from icf.data.toy.scene import FOLDERS
 from icf.files import parse_json, read_json, write_atomic
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 VERSION = 1
 LABEL = "v1m"  # of the clips within AVSS: several sources, 5 s, all seconds labelled
 ORACLES = ("salience", "can_sound")
+STEP = 6  # of the values of PNG frames: as noise it is far below that of a JPEG, and it halves the files
 DONE = ".done"  # folder with the entries of the clips that are written
 SOURCES = ("clip", "split", "use", "class", "data set", "recording", "file", "terms")
 Row = dict[str, str]
@@ -71,7 +71,7 @@ def generate(root: Path | str, layout: str, config: ComposeConfig, workers: int 
     """
     _check(layout, config)
     root = Path(root)
-    folder, settings = root / FOLDERS[layout], describe(layout, config)
+    folder, settings = root / FOLDERS[layout][0], describe(layout, config)
     if _exists(folder, settings):
         return read_manifest(folder)
     for name in ("pictures", "sounds"):
@@ -84,7 +84,7 @@ def generate(root: Path | str, layout: str, config: ComposeConfig, workers: int 
     tasks = [task for split, count in zip(SPLITS, config.clips, strict=True)
              for task in plan(materials.stocks[split], split, count, config.bias, layout == "s4", config.seed,
                               class_map)]
-    partial_folder = root / f".{FOLDERS[layout]}.partial"
+    partial_folder = root / f".{FOLDERS[layout][0]}.partial"
     _begin(partial_folder, settings, tasks, config)
     classes = tuple(materials.classes)
     jobs = [Job(task, layout, config.size, partial_folder, classes) for task in tasks]
@@ -173,7 +173,8 @@ def write_clip(job: Job) -> None:
                   for sound, on in zip(task.off_screen, clip.off_screen, strict=True)]
     entry = {
         "name": task.name, "split": task.split, "label": LABEL, "group": "aligned" if task.aligned else "conflicting",
-        "categories": sorted(clip.sounding), "in_sight": sorted(task.scene.seen.area), "shapes": objects, "off_screen": off_screen,
+        "categories": sorted(clip.sounding), "in_sight": sorted(task.scene.seen.area),
+        "shapes": objects, "off_screen": off_screen,
         "sha256": {name: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
                    for name, array in (("frames", clip.frames), ("sound", clip.sound), ("masks", truth))},
         **{oracle: [_score(job, clip, truth[t], clip.shown(names, t)) for t in range(len(truth))]
@@ -208,8 +209,8 @@ def _write_binary(job: Job, clip: Composed, truth: NDArray) -> None:
     else:
         own = Path(task.split, name)
         frames, stem, labelled = base / "visual_frames" / name, f"{name}.mp4", len(truth)
-    for t, frame in enumerate(clip.frames, start=1):
-        _save(frame, frames / f"{stem}_{t}.png")
+    for t, frame in enumerate((clip.frames.astype(np.uint16) + STEP // 2) // STEP * STEP, start=1):
+        _save(frame.clip(max=255).astype(np.uint8), frames / f"{stem}_{t}.png")
     for t, mask in enumerate(truth[:labelled], start=1):
         grey = np.where(mask == IGNORE, VOID, np.where(mask > 0, 255, 0)).astype(np.uint8)
         _save(grey, base / "gt_masks" / own / f"{name}_{t}.png")
