@@ -336,7 +336,7 @@ class Seen:
     Args:
         area: share of the picture of every class; of a video, the least of any moment.
         largest: share of the largest single object of every class, of all of it where objects are not told apart.
-        print: [256] bool, nearly the same for a copy of other size, quality or brightness.
+        print: [256] int8, nearly the same for a copy of other size, quality or brightness.
         mirrored: the same of the mirrored picture.
     """
 
@@ -380,6 +380,7 @@ def _largest(values: NDArray, objects: NDArray) -> NDArray:
 
 
 def _hash(grey: Image.Image) -> NDArray:
-    """Whether brightness rises from each of 16 x 17 areas to its right neighbour ("difference hash")."""
-    small = np.asarray(grey.resize((HASH + 1, HASH), Image.Resampling.BOX), dtype=np.int16)
-    return (np.diff(small, axis=1) > 0).reshape(-1)
+    """Whether brightness rises (1) or falls (-1) from each of 16 x 17 areas to its right neighbour, or does not change
+    (0): a difference hash that is not fooled by flat areas."""
+    rise = np.diff(np.asarray(grey.resize((HASH + 1, HASH), Image.Resampling.BOX), dtype=np.int16), axis=1)
+    return (np.sign(rise) * (np.abs(rise) > 1)).astype(np.int8).reshape(-1)

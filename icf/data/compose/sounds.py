@@ -208,19 +208,24 @@ def sounding_part(waveform: NDArray) -> NDArray:
     return (kept / np.sqrt(np.square(kept, dtype=np.float64).mean())).astype(np.float32)
 
 
-def fingerprint(part: NDArray) -> NDArray:
-    """[256] bool of a sound [n], alike for a copy in another coding or loudness: whether loudness rises more in one of
-    17 bands than in the next, from one of 17 pieces to the next (Haitsma and Kalker, ISMIR 2002, in short)."""
-    spectrum = log_mel_spectrogram(torch.from_numpy(part)).numpy()[:, :51]  # up to 4 kHz: many files hold no more
-    pieces = [piece.mean(axis=0) for piece in np.array_split(spectrum, 17)]
-    energy = np.stack(pieces).reshape(17, 17, 3).mean(axis=2)
-    return (np.diff(np.diff(energy, axis=0), axis=1) > 0).reshape(-1)
+def fingerprint(waveform: NDArray) -> NDArray:
+    """[256] int8 of a sound [n], alike for a copy in another coding or loudness: whether loudness rises more (1) or
+    less (-1) in one of 17 bands than in the next, from one of 17 pieces to the next (Haitsma and Kalker, ISMIR 2002,
+    in short); 0 where nothing changes."""
+    level = np.sqrt(np.square(waveform, dtype=np.float64).mean())
+    spectrum = log_mel_spectrogram(torch.from_numpy(waveform / np.float32(max(level, 1e-9))))
+    loudness = torch.log(spectrum.exp() + 0.3).numpy()[:, :51]  # up to 4 kHz, for many files hold no more
+    pieces = [piece.mean(axis=0) for piece in np.array_split(loudness, 17)]
+    rise = np.diff(np.diff(np.stack(pieces).reshape(17, 17, 3).mean(axis=2), axis=0), axis=1)
+    return (np.sign(rise) * (np.abs(rise) > 0.05)).astype(np.int8).reshape(-1)
 
 
 def examine(sound: Sound) -> NDArray | str:
     """The fingerprint of a sound that can be used, else why it cannot."""
     try:
-        return fingerprint(sounding_part(read(sound)))
+        waveform = read(sound)
+        sounding_part(waveform)
+        return fingerprint(waveform)
     except Unusable as reason:
         return str(reason)
     except (OSError, ValueError, MemoryError):

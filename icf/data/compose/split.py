@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from icf.data.avsbench import SPLITS
 
 SHARES = (0.7, 0.1, 0.2)  # of train, val and test, whatever the numbers of clips: the same seed, the same split
-NEAR = 0.2  # share of different bits up to which two prints are of one picture or sound; by chance it is 0.5
+NEAR = 0.2  # share of different places up to which two prints are of one picture or sound; by chance it is 0.5
+LEAST = 64  # places that two prints must know to be compared
 FEW = 3  # members of a group, below which it is split together with other such groups
 
 
@@ -49,7 +50,8 @@ def without_duplicates(prints: dict[str, list[NDArray]]) -> dict[str, list[bool]
     """Which members of every split may stay: those near to none that stays in another; the test split keeps most.
 
     Args:
-        prints: [bits] bool of every member, or [variants,bits] of which the first is compared with all others'.
+        prints: [places] of 1, -1 and 0 (not known) of every member, or [variants,places], of which the first is
+            compared with all variants of others.
     """
     kept: dict[str, list[bool]] = {}
     for split in sorted(prints, key=("test", "val", "train").index):
@@ -63,9 +65,13 @@ def without_duplicates(prints: dict[str, list[NDArray]]) -> dict[str, list[bool]
 
 
 def _near(prints: list[NDArray], others: list[NDArray]) -> NDArray:
-    """Whether each of N prints differs in at most `NEAR` of its bits from one of the others, [N] bool."""
+    """Whether each of N prints differs in at most `NEAR` of its places from one of the others, [N] bool."""
     if not prints or not others:
         return np.zeros(len(prints), dtype=bool)
-    a, b = (np.where(np.stack(x), np.float32(1), np.float32(-1)) for x in (prints, others))
-    most = (1 - 2 * NEAR) * a.shape[1]  # agreement less disagreement
-    return np.concatenate([(block @ b.T).max(axis=1) >= most for block in np.array_split(a, len(a) // 512 + 1)])
+    a, b = np.stack(prints).astype(np.float32), np.stack(others).astype(np.float32)
+    near = []
+    for block in np.array_split(a, len(a) // 512 + 1):
+        known = np.abs(block) @ np.abs(b).T
+        alike = block @ b.T >= (1 - 2 * NEAR) * known  # agreement less disagreement
+        near.append((alike & (known >= LEAST)).any(axis=1))
+    return np.concatenate(near)

@@ -66,7 +66,7 @@ def gather(config: ComposeConfig, class_map: ClassMap, run: Run) -> Materials:
     for split, count in zip(SPLITS, config.clips, strict=True):
         if count and not any(scene.able for scene in stocks[split].scenes):
             raise ValueError(f"clips: no picture of the {split} split shows a class that its sounds are of: there are "
-                             f"{len(stocks[split].scenes)} pictures and {sum(map(len, by_split[split]))} sounds; "
+                             f"{len(stocks[split].scenes)} pictures and {len(by_split[split])} sounds; "
                              "give more of them, or no clips to this split")
     classes = sorted({name for stock in stocks.values() for scene in stock.scenes for name in scene.able})
     return Materials(stocks, classes, left_out)
