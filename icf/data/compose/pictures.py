@@ -24,6 +24,7 @@ TERMS = {VOC: "terms of flickr and of the photographers: host.robots.ox.ac.uk/pa
          DAVIS: "non-commercial research: davischallenge.org"}
 FPS = 24  # pictures a second of DAVIS
 SMALLEST = 32  # pixels of the short edge
+HIDDEN = 0.004  # share of the picture below which a class is hardly to be seen
 HASH = 16  # side of the perceptual hash
 TURNED = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
           8: Image.Transpose.ROTATE_90}  # by EXIF orientation: those that exchange width and height
@@ -334,7 +335,8 @@ class Seen:
     """What a picture shows.
 
     Args:
-        area: share of the picture of every class; of a video, the least of any moment.
+        area: share of the picture of every class; of a video the most of any moment, or 0 if it is hardly to be seen at
+            some moment.
         largest: share of the largest single object of every class, of all of it where objects are not told apart.
         print: [256] int8, nearly the same for a copy of other size, quality or brightness.
         mirrored: the same of the mirrored picture.
@@ -362,8 +364,9 @@ def examine(picture: Picture) -> Seen | str:
         return "missing"
     except (OSError, ValueError, MemoryError):
         return "that cannot be read"
-    area, most = np.min(areas, axis=0), np.min(largest, axis=0)
-    names = {name: value for value, name in enumerate(picture.classes, start=1) if np.max(areas, axis=0)[value] > 0}
+    area, most = np.max(areas, axis=0), np.max(largest, axis=0)
+    names = {name: value for value, name in enumerate(picture.classes, start=1) if area[value] > 0}
+    area[np.min(areas, axis=0) < HIDDEN] = 0
     if not names:
         return "without a class in sight"
     return Seen({name: float(area[value]) for name, value in names.items()},
