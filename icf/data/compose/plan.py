@@ -113,10 +113,9 @@ def plan(stock: Stock, split: str, count: int, bias: float, single: bool, seed: 
 
 
 def _choose(scenes: list[Scene], count: int, bias: float | None) -> Iterator[tuple[Scene, str]]:
-    """Scenes and what sounds first in them: scenes of two sounding objects come first, each once with each of them as
-    far as the share of clips in which the salient one sounds allows, then those with silent objects, at last those of a
-    single object, as many of each class; then all over again. In no split the salient one is favoured by what is left.
-    """
+    """Scenes, and what sounds first in each. Those of several objects come first, as long as there are enough for the
+    share of clips in which the salient one sounds: before others those in which two can sound, once with each of them.
+    Then those of a single object, as many of each class; then all over again."""
     scenes = [scene for scene in scenes if scene.able]
     several = sorted((scene for scene in scenes if len(scene.objects) > 1), key=lambda scene: len(scene.able) < 2)
     share = bias if bias is not None else float(np.mean([1 / len(scene.objects) for scene in several] or [1]))

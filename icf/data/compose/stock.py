@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DUPLICATE = "near-duplicate of one in another split"
 OPENED = 20_000  # pictures at most whose content only their files tell
 SPARE = 3  # pictures that are opened for each clip, where their content is known before
-TAKES = 200  # sounds of a category in a split, beyond which no more are opened
+TAKES = 8  # sounds that are opened for each clip of a split, shared out among the categories
 
 Run = Callable[[Callable, list, str], Iterable]
 """Maps a function over items in parallel, in their order, under a title."""
@@ -46,7 +46,7 @@ def gather(config: ComposeConfig, class_map: ClassMap, run: Run) -> Materials:
     _require_match(photos, found, class_map)
 
     stocks = {split: Stock() for split in SPLITS}
-    by_split = _open_sounds(found, config.seed, left_out["sounds"], run)
+    by_split = _open_sounds(found, config, left_out["sounds"], run)
     for split, kept in by_split.items():
         for sound in kept:
             stocks[split].categories[sound.category].append(sound)
@@ -87,13 +87,16 @@ def _some(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _open_sounds(found: list[Sound], seed: int, left_out: Counter, run: Run) -> dict[str, list[Sound]]:
-    """The sounds of every split that can be used."""
+def _open_sounds(found: list[Sound], config: ComposeConfig, left_out: Counter, run: Run) -> dict[str, list[Sound]]:
+    """The sounds of every split that can be used, of large data sets some of them."""
+    seed, categories = config.seed, len({sound.category for sound in found})
+    most = {split: count and max(4, -(-TAKES * count // categories))
+            for split, count in zip(SPLITS, config.clips, strict=True)}
     split_of = assign(((sound.category, _recording(sound)) for sound in found), seed)
     groups: dict[tuple[str, str], list[Sound]] = defaultdict(list)
     for sound in sorted(found, key=lambda sound: order(seed, f"{_recording(sound)} {sound.path.name} {sound.start}")):
         groups[split_of[_recording(sound)], sound.category].append(sound)
-    asked = [sound for key in sorted(groups) for sound in groups[key][:TAKES]]
+    asked = [sound for key in sorted(groups) for sound in groups[key][:most[key[0]]]]
     usable = list(_usable(asked, run(sounds.examine, asked, "opening sounds"), left_out))
     by_split = {split: [pair for pair in usable if split_of[_recording(pair[0])] == split] for split in SPLITS}
     kept = without_duplicates({split: [print for _, print in pairs] for split, pairs in by_split.items()})

@@ -23,7 +23,7 @@ from icf.data.compose.clip import Composed, compose
 from icf.data.compose.plan import Task, counts, plan
 from icf.data.compose.stock import Materials, gather
 from icf.data.layouts import bar, binary_score, class_score, parallel, summarise, write_metadata, write_sound
-from icf.files import parse_json, read_json, write_atomic
+from icf.files import read_json, write_atomic
 
 if TYPE_CHECKING:
     from icf.config import ComposeConfig
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 VERSION = 1
 LABEL = "v1m"  # of the clips within AVSS: several sources, 5 s, all seconds labelled
 ORACLES = ("salience", "can_sound")
-STEP = 6  # of the values of PNG frames: as noise it is far below that of a JPEG, and it halves the files
+STEP = 7  # of the values of PNG frames: as noise it is far below that of a JPEG, and it halves the files
 DONE = ".done"  # folder with the entries of the clips that are written
 SOURCES = ("clip", "split", "use", "class", "data set", "recording", "file", "terms")
 Row = dict[str, str]
@@ -70,6 +70,8 @@ def generate(root: Path | str, layout: str, config: ComposeConfig, workers: int 
         FileExistsError: there is a data set already that was not made with these settings.
     """
     _check(layout, config)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers: expected 1 or more, got {workers}")
     root = Path(root)
     folder, settings = root / FOLDERS[layout][0], describe(layout, config)
     if _exists(folder, settings):
@@ -85,20 +87,20 @@ def generate(root: Path | str, layout: str, config: ComposeConfig, workers: int 
              for task in plan(materials.stocks[split], split, count, config.bias, layout == "s4", config.seed,
                               class_map)]
     partial_folder = root / f".{FOLDERS[layout][0]}.partial"
-    _begin(partial_folder, settings, tasks, config)
     classes = tuple(materials.classes)
     jobs = [Job(task, layout, config.size, partial_folder, classes) for task in tasks]
-    missing = [job for job in jobs if not _entry(job).is_file()]
-    for _ in bar(parallel(write_clip, missing, workers), len(missing), f"composing {layout}", progress):
-        pass
-    manifest = _finish(partial_folder, layout, settings, jobs, materials, config)
     try:
+        _begin(partial_folder, settings, tasks)
+        missing = [job for job in jobs if not _entry(job).is_file()]
+        for _ in bar(parallel(write_clip, missing, workers), len(missing), f"composing {layout}", progress):
+            pass
+        _finish(partial_folder, layout, settings, jobs, materials, config)
         os.replace(partial_folder, folder)
     except OSError:
         if not _exists(folder, settings):  # else another process was faster
             raise
         shutil.rmtree(partial_folder, ignore_errors=True)
-    return manifest
+    return read_manifest(folder)
 
 
 def ensure(root: Path | str, layout: str, config: ComposeConfig) -> None:
@@ -142,7 +144,7 @@ def _exists(folder: Path, settings: dict) -> bool:
     return True
 
 
-def _begin(folder: Path, settings: dict, tasks: list[Task], config: ComposeConfig) -> None:
+def _begin(folder: Path, settings: dict, tasks: list[Task]) -> None:
     """Make the folder, or keep it if it was begun with the same plan."""
     text = json.dumps({"version": VERSION, **settings, "plan": hashlib.sha256(repr(tasks).encode()).hexdigest()})
     note = folder / DONE / "plan.json"
@@ -246,7 +248,7 @@ def _provenance(task: Task, clip: Composed) -> Iterator[Row]:
 
 
 def _finish(folder: Path, layout: str, settings: dict, jobs: list[Job], materials: Materials,
-            config: ComposeConfig) -> dict:
+            config: ComposeConfig) -> None:
     """Write the metadata, the provenance and the manifest."""
     clips = [read_json(_entry(job)) for job in jobs]
     write_metadata(folder, layout, clips, materials.classes)
@@ -264,10 +266,8 @@ def _finish(folder: Path, layout: str, settings: dict, jobs: list[Job], material
         "oracles": oracles,
         "clips": [{key: clip[key] for key in clip if key not in (*ORACLES, "provenance")} for clip in clips],
     }
-    text = json.dumps(manifest)
-    write_atomic(folder / COMPOSED, lambda path: path.write_text(text))
+    write_atomic(folder / COMPOSED, lambda path: path.write_text(json.dumps(manifest)))
     shutil.rmtree(folder / DONE)
-    return parse_json(text, folder / COMPOSED)
 
 
 def _write_provenance(clips: list[dict], roots: list[tuple[str, str]], path: Path) -> None:
