@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from icf import __version__
 from icf.config import Config
 from icf.data.audio import RESAMPLER
+from icf.data.avsbench import read_manifest
 from icf.engine.conditions import SEED, UNHEARD
 from icf.engine.metrics import combined_score
 from icf.engine.tally import BINARY_DEFAULT, SEMANTIC_DEFAULT, Negative, Tally
@@ -103,7 +104,7 @@ def oracles(dataset: Dataset) -> dict:
     """J of whom segments what stands out, what is heard or all that can sound, where a manifest tells."""
     if not getattr(dataset, "groups", {}):
         return {}
-    found = dataset.manifest["oracles"].get(dataset.split) or {}
+    found = read_manifest(dataset.root)["oracles"].get(dataset.split) or {}
     return {name: scores for name, scores in found.items() if isinstance(scores, dict)}
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Subset
 
 from icf.config import Config
 from icf.data import Batch, Clip, build_dataset, collate
+from icf.data.avsbench import read_manifest
 from icf.engine.checkpoint import WEIGHTS, load_model
 from icf.engine.conditions import UNHEARD, build_loader
 from icf.engine.curves import INK, png, tint
@@ -207,7 +208,8 @@ def sounding(dataset: Dataset, indices: Sequence[int]) -> list[list[frozenset[st
     where there are classes, else what is known to sound somewhere in the clip. Empty where it is not known, and where
     by the manifest something sounds off the screen too."""
     if getattr(dataset, "groups", {}):
-        clips = {clip["name"]: clip for clip in dataset.manifest["clips"] if clip["split"] == dataset.split}
+        clips = {clip["name"]: clip for clip in read_manifest(dataset.root)["clips"]
+                 if clip["split"] == dataset.split}
         return [_in_the_picture(clips[dataset.names[index]]) for index in indices]
     if dataset.classes:
         return [[frozenset(dataset.classes[c] for c in mask.unique().tolist() if 0 < c < len(dataset.classes))

@@ -29,7 +29,7 @@ from icf.data.compose.plan import Scene, objects_of
 from icf.data.compose.sounds import Unusable, find_sounds, read, sounding_part
 from icf.data.compose.split import assign, without_duplicates
 from icf.data.disturb import Disturbed
-from icf.engine.evaluate import clip_groups, oracles
+from icf.engine.results import clip_groups, oracles
 
 COLOURS = {"dog": (220, 30, 30), "cat": (30, 220, 30), "horse": (220, 220, 30), "person": (220, 30, 220)}
 ESC_HEADER = "filename,fold,target,category,esc10,src_file,take\n"
