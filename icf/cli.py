@@ -14,7 +14,7 @@ from typing import Literal
 import yaml
 from jsonargparse import ArgumentParser
 
-from icf.config import SUBSETS, Config, ToyConfig, build_config, config_parser
+from icf.config import SUBSETS, ComposeConfig, Config, ToyConfig, build_config, config_parser
 
 DEFAULT_PRESET = "toy-ms3"
 USAGE = """usage: icf COMMAND ...
@@ -26,6 +26,7 @@ USAGE = """usage: icf COMMAND ...
   compare RUN ...      runs side by side: scores, features, and the clips on which they differ
   ablate               train the paper's ablations, and set what is measured beside its numbers
   data toy FOLDER      write the toy benchmark
+  data compose FOLDER  compose a benchmark of public pictures with masks and public sounds
   data check ROOT      validate a data set, file by file
   data import ROOT V   add a video, and masks of it, to own labelled clips
   profile [PRESET]     trace a training step: time of its parts and operators, and a Chrome trace
@@ -222,8 +223,8 @@ def ablate(args: list[str]) -> None:
 
 
 def data(args: list[str]) -> None:
-    own = argparse.ArgumentParser(prog="icf data", description="Write the toy benchmark, validate a data set, or add a "
-                                  "video to own labelled clips.")
+    own = argparse.ArgumentParser(prog="icf data", description="Write the toy benchmark, compose one of public data, "
+                                  "validate a data set, or add a video to own labelled clips.")
     own.add_argument("command", choices=tuple(DATA))
     DATA[own.parse_args(args[:1]).command](args[1:])
 
@@ -237,6 +238,20 @@ def data_toy(args: list[str]) -> None:
     options = vars(own.parse_args(args))
     from icf.data.toy import generate
     generate(options.pop("folder"), **options)
+
+
+def data_compose(args: list[str]) -> None:
+    own = ArgumentParser(prog="icf data compose", exit_on_error=False, description="Compose clips in the layouts of "
+                         "AVSBench of pictures with masks (Pascal VOC, COCO, DAVIS) and sounds (ESC-50, VGGSound, a "
+                         "folder per class). An interrupted command goes on where it was.")
+    own.add_argument("folder", type=Path)
+    own.add_class_arguments(ComposeConfig, as_group=False)
+    own.add_argument("--layout", choices=("ms3", "s4", "avss"), default="ms3")
+    own.add_argument("--workers", type=int, help="processes (default: one per core)")
+    options = vars(own.parse_args(args))
+    folder, layout, workers = (options.pop(name) for name in ("folder", "layout", "workers"))
+    from icf.data.compose import generate, show
+    show(generate(folder, layout, ComposeConfig(**options), workers))
 
 
 def data_check(args: list[str]) -> None:
@@ -269,7 +284,7 @@ def data_import(args: list[str]) -> None:
     import_clip(**vars(own.parse_args(args)))
 
 
-DATA = {"toy": data_toy, "check": data_check, "import": data_import}
+DATA = {"toy": data_toy, "compose": data_compose, "check": data_check, "import": data_import}
 
 
 def info(args: list[str]) -> None:

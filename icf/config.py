@@ -42,6 +42,31 @@ class ToyConfig:
 
 
 @dataclass
+class ComposeConfig:
+    """A benchmark composed of public data, written below `data.root` when it is not there yet; `icf data compose`.
+
+    Args:
+        pictures: Pascal VOC, COCO or DAVIS, or a folder of such folders; not needed once the clips are there.
+        sounds: ESC-50, VGGSound, a folder per class, or a folder of the first two; as `pictures`.
+        clips: numbers of train, val and test clips.
+        size: side of the square frames in pixels.
+        seed: every clip is drawn from (seed, split, index).
+        bias: probability that the most salient of several objects is one that sounds, in the training split; in the
+            others it is so by chance.
+        classes: YAML file that adds to the built-in map of sounds to classes, or replaces it; see
+            `icf/data/compose/classes.yaml`.
+    """
+
+    pictures: Path | None = field(default=None, compare=False)  # the same clips, wherever their sources were
+    sounds: Path | None = field(default=None, compare=False)
+    clips: tuple[int, int, int] = (900, 80, 240)
+    size: int = 224
+    seed: int = 0
+    bias: float = 0.7
+    classes: Path | None = None
+
+
+@dataclass
 class DataConfig:
     """Which clips are read, and how.
 
@@ -62,6 +87,7 @@ class DataConfig:
         captions: JSON file, `{clip: [caption, ...]}` for every training clip, equally many each, of which objects were
             replaced, for `objective.sc.generator: text_revision`.
         toy: set, the data is the toy benchmark, generated when it is missing.
+        compose: set, the data is composed of public pictures and sounds when it is missing.
     """
 
     root: Path = Path("data/avsbench")
@@ -77,6 +103,7 @@ class DataConfig:
     replaced_audio: Path | None = None
     captions: Path | None = None
     toy: ToyConfig | None = None
+    compose: ComposeConfig | None = None
 
 
 @dataclass
@@ -483,6 +510,8 @@ class Config:
         require(self.data.frames >= 1, "data.frames", "at least 1", self.data.frames)
         require(self.model.classes >= 1, "model.classes", "at least 1", self.model.classes)
         require(self.data.subset in get_args(Subset), "data.subset", f"one of {SUBSETS}", self.data.subset)
+        require(self.data.toy is None or self.data.compose is None, "data.compose", "null where data.toy is set",
+                self.data.compose)
         decoder = self.model.decoder
         require(decoder.heads >= 1 and decoder.dim % decoder.heads == 0, "model.decoder.dim",
                 "divisible by model.decoder.heads", f"{decoder.dim} and {decoder.heads}")

@@ -82,7 +82,8 @@ def test_help_is_written(command, capsys):
     assert status == 0 and f"usage: icf {command}" in out
 
 
-@pytest.mark.parametrize("command, option", [("toy", "--bias"), ("check", "--deep"), ("import", "--labels")])
+@pytest.mark.parametrize("command, option", [("toy", "--bias"), ("compose", "--pictures"), ("check", "--deep"),
+                                             ("import", "--labels")])
 def test_help_of_data_commands(command, option, capsys):
     status, out, _ = run(capsys, "data", command, "--help")
     assert status == 0 and option in out

@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from icf import cli
-from icf.config import Config, ToyConfig
+from icf.config import ComposeConfig, Config, ToyConfig
 from icf.ops import use_backend
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,8 @@ RUNNERS = ("icf.engine.train.train", "icf.engine.evaluate.evaluate", "icf.engine
            "icf.studies.ablate.ablate", "icf.studies.ablate.table_2", "icf.studies.ablate.figure_5",
            "icf.studies.bench.report", "icf.studies.bench.run", "icf.studies.compare.compare",
            "icf.studies.profile.profile", "icf.studies.profile.emit_nvtx", "icf.data.check.check",
-           "icf.data.folder.import_clip", "icf.data.toy.generate", "icf_kernels.info.report", "icf.cli.load")
+           "icf.data.folder.import_clip", "icf.data.toy.generate", "icf.data.compose.generate", "icf.data.compose.show",
+           "icf_kernels.info.report", "icf.cli.load")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -111,7 +112,7 @@ def defaults() -> dict[str, object]:
                 yield from fields(inner, f"{prefix}{field.name}.")
 
     config = Config()
-    config.data.toy = ToyConfig()
+    config.data.toy, config.data.compose = ToyConfig(), ComposeConfig()
     return dict(fields(config, ""))
 
 

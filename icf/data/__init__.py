@@ -95,7 +95,8 @@ def collate(clips: list[Clip]) -> Batch:
 
 
 def build_dataset(data: DataConfig, split: str) -> torch.utils.data.Dataset:
-    """The map-style data set of `Clip` that `data` describes; a missing toy benchmark is generated first.
+    """The map-style data set of `Clip` that `data` describes; a toy or composed benchmark that is missing
+    is written first.
 
     Args:
         data: root, subset and reading rules; see `icf.config.DataConfig`.
@@ -108,12 +109,16 @@ def build_dataset(data: DataConfig, split: str) -> torch.utils.data.Dataset:
 
     Raises:
         FileNotFoundError: the root, its metadata or a file that they name is missing.
-        ValueError: a setting is out of range, or the root holds a toy benchmark of other settings.
+        ValueError: a setting is out of range, or the root holds a benchmark of other settings.
     """
     if data.toy is not None:
         from icf.data import toy
 
         toy.ensure(data.root, data.subset, data.toy)
+    if data.compose is not None:
+        from icf.data import compose
+
+        compose.ensure(data.root, data.subset, data.compose)
     if data.subset == "folder":
         from icf.data.folder import FolderDataset
 

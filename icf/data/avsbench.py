@@ -4,7 +4,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +31,9 @@ COLUMNS = {"s4": ("name", "start_time(s)", "category", "split"), "ms3": ("name",
            "avss": ("vid", "uid", "s_min", "s_sec", "a_obj", "split", "label")}
 SECONDS = {"s4": 5, "ms3": 5, "v1s": 5, "v1m": 5, "v2": 10}
 PATHS = ("name", "category", "uid", "split", "label")  # columns that are parts of paths
-MANIFEST = "toy_manifest.json"  # of the toy benchmark
+MANIFEST, COMPOSED = "toy_manifest.json", "composed_manifest.json"  # of benchmarks that are made here
+VOID = 127  # in their binary labels: ignored; background to a reader that does not know of it
+NO_MANIFEST = {"oracles": {}, "clips": [], "settings": {}, "void": None}
 PICTURES = ("PNG", "JPEG", "BMP", "WEBP")  # Pillow's decoders of many more formats see less use
 SLIMMEST = 100  # long edge of a picture by its short one
 CACHE_LIMIT = 2**30  # bytes of each kind of array that a data set keeps in memory
@@ -163,18 +165,32 @@ def read_classes(folder: Path) -> list[str]:
     return names
 
 
+def find_manifest(folder: Path) -> Path | None:
+    """The file in which the toy benchmark, or a composed one, tells what it is; AVSBench has none."""
+    return next((folder / name for name in (MANIFEST, COMPOSED) if (folder / name).is_file()), None)
+
+
 def read_manifest(folder: Path) -> dict:
-    """What the toy benchmark says of itself: `oracles` by split, `clips`, and what they were made by. Raises
-    FileNotFoundError, or ValueError where the file was not written by `icf.data.toy`."""
-    path = folder / MANIFEST
+    """What a benchmark that was made here says of itself: `oracles` by split, `clips`, what they were made by, and
+    `void`, the value of ignored pixels in its binary labels, if there are any. Raises FileNotFoundError, or ValueError
+    where the file was not written by `icf data toy` or `icf data compose`."""
+    path = find_manifest(folder) or folder / MANIFEST
     found = read_json(path)
-    manifest = {"oracles": {}, "clips": [], **found} if isinstance(found, dict) else {"oracles": None, "clips": None}
-    fields = ("name", "group", "split")
-    if not isinstance(manifest["oracles"], dict) or not isinstance(manifest["clips"], list) or not all(
-            isinstance(clip, dict) and all(isinstance(clip.get(key), str) for key in fields)
-            for clip in manifest["clips"]):
-        raise ValueError(f"{path}: expected what icf data toy writes; delete the folder to have it written again")
+    manifest = {**NO_MANIFEST, **found} if isinstance(found, dict) else {}
+    if not all((isinstance(manifest.get("oracles"), dict), isinstance(manifest.get("settings"), dict),
+                isinstance(manifest.get("clips"), list), type(manifest.get("void")) in (int, type(None)))) or not all(
+            map(_is_entry, manifest["clips"])):
+        raise ValueError(f"{path}: expected what icf data {'compose' if path.name == COMPOSED else 'toy'} writes; "
+                         "delete the folder to have it written again")
     return manifest
+
+
+def _is_entry(clip: object) -> bool:
+    """Whether it is an entry of a manifest. Those of composed clips have two more lists: classes that sound, and all
+    that are to be seen."""
+    return isinstance(clip, dict) and all(isinstance(clip.get(key), str) for key in ("name", "group", "split")) and all(
+        isinstance(clip.get(key, []), list) and all(isinstance(name, str) for name in clip.get(key, []))
+        for key in ("categories", "in_sight"))
 
 
 def class_palette(classes: int) -> np.ndarray:
@@ -211,11 +227,13 @@ def read_label(path: Path) -> np.ndarray:
         return values[..., :-1] if image.mode in ("LA", "RGBA") else values
 
 
-def binary_mask(values: np.ndarray) -> np.ndarray:
-    """A label of any kind as [H,W] uint8 of 0 and 1: the largest channel above 127, or above 0 in files of 0 and 1."""
+def binary_mask(values: np.ndarray, void: int | None = None) -> np.ndarray:
+    """A label of any kind as [H,W] uint8 of 0 and 1: the largest channel above 127, or above 0 in files of 0 and 1.
+    Pixels of the value `void` become `IGNORE`."""
     if values.ndim == 3:
         values = values.max(axis=2)
-    return (values > (0 if values.max() == 1 else 127)).astype(np.uint8)
+    mask = (values > (0 if values.max() == 1 else 127)).astype(np.uint8)
+    return mask if void is None else np.where(values == void, np.uint8(IGNORE), mask)
 
 
 def semantic_mask(values: np.ndarray, classes: int, path: Path) -> np.ndarray:
@@ -269,7 +287,8 @@ class AVSBench(torch.utils.data.Dataset):
     Attributes:
         classes: names by index, the first `background`; [] for binary masks.
         names: of the clips, in the order of the metadata.
-        groups: `aligned` or `conflicting` for every clip of the toy benchmark, else {}.
+        manifest: what the toy or a composed benchmark says of itself; without clips for other data.
+        groups: `aligned` or `conflicting` for every clip of these, else {}.
         seed: of the augmentation, which is drawn from (seed, epoch, index).
 
     Raises:
@@ -289,6 +308,10 @@ class AVSBench(torch.utils.data.Dataset):
         if not self.records:
             raise ValueError(f"data.root: {self.root} names no clip of split {split!r}")
         self.names = [record.name for record in self.records]
+        self.manifest = read_manifest(self.root) if find_manifest(self.root) else NO_MANIFEST
+        self._entries = {clip["name"]: clip for clip in self.manifest["clips"] if clip["split"] == split}
+        self.records = [replace(record, categories=tuple(self._listed(record.name, "categories", record.categories)))
+                        for record in self.records]
         self.augmentation = data.augmentation if split == "train" else "none"
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader processes see it change
         count, side = len(self.records) if data.cache else 0, (data.size, data.size)
@@ -317,8 +340,11 @@ class AVSBench(torch.utils.data.Dataset):
 
     @property
     def groups(self) -> dict[str, str]:
-        clips = read_manifest(self.root)["clips"] if (self.root / MANIFEST).is_file() else []
-        return {clip["name"]: clip["group"] for clip in clips if clip["split"] == self.split}
+        return {name: clip["group"] for name, clip in self._entries.items()}
+
+    def _listed(self, name: str, key: str, otherwise: Iterable[str]) -> Iterable[str]:
+        """What the manifest lists of a clip, if it does."""
+        return self._entries.get(name, {}).get(key, otherwise)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the random numbers of the augmentation, for loaders that are running as well."""
@@ -330,13 +356,21 @@ class AVSBench(torch.utils.data.Dataset):
 
     def sounding_classes(self) -> list[frozenset[str]]:
         """Classes that sound in every clip: by the labels where there are classes (which are read for this), by the
-        metadata of AVSS for MS3 if that lies beside, else by category; empty where they are not known."""
+        metadata of AVSS for MS3 if that lies beside, else by category; empty where they are not known. A composed
+        benchmark lists them."""
         if self.classes:
             with ThreadPoolExecutor() as pool:
                 return list(pool.map(self._labelled_classes, range(len(self))))
-        if self.subset == "ms3":
+        if self.subset == "ms3" and not any(record.categories for record in self.records):
             return self._listed_objects()
         return [frozenset(record.categories) for record in self.records]
+
+    def visible_classes(self) -> list[frozenset[str]]:
+        """Classes to be seen in every clip, whether they sound or not, as a composed benchmark lists them; of other
+        data, those that sound."""
+        if not any("in_sight" in clip for clip in self._entries.values()):
+            return self.sounding_classes()
+        return [frozenset(self._listed(name, "in_sight", ())) for name in self.names]
 
     def _labelled_classes(self, index: int) -> frozenset[str]:
         masks = self._masks.get(index, lambda: self._read_masks(self.records[index]))
@@ -412,7 +446,8 @@ class AVSBench(torch.utils.data.Dataset):
             if path is None:  # own clips may lack some labels
                 continue
             values = read_label(path)
-            mask = semantic_mask(values, len(self.classes), path) if self.classes else binary_mask(values)
+            mask = semantic_mask(values, len(self.classes), path) if self.classes else binary_mask(
+                values, self.manifest["void"])
             masks[i] = resize_label(mask, size, self._crop)
         return masks
 

@@ -114,17 +114,18 @@ class Disturbed(torch.utils.data.Dataset):
         return torch.from_numpy(self._rng(index).standard_normal(len(sound), dtype=np.float32))
 
     def _strangers(self, rng: np.random.Generator) -> list[int]:
-        """For every clip another one with which it shares no class, or as few as possible."""
+        """For every clip another one of whose sounding classes it shows none, or as few as possible."""
         classes = getattr(self.dataset, "sounding_classes", list)()
+        visible = getattr(self.dataset, "visible_classes", lambda: classes)()
         if not any(classes):
             warnings.warn(f"offscreen: the classes of {self.dataset.subset}'s clips are not known, so any other clip's "
                           "sound is taken; the AVSS metadata beside the data would tell them", stacklevel=3)
-            classes = [frozenset()] * len(self.dataset)
+            classes = visible = [frozenset()] * len(self.dataset)
         names = sorted(frozenset().union(*classes))
         table = np.array([[name in own for name in names] for own in classes], dtype=np.int32).reshape(len(classes), -1)
         partners, shared = [], 0
-        for index, own in enumerate(table):
-            common = table @ own
+        for index, own in enumerate(visible):
+            common = table @ np.array([name in own for name in names], dtype=np.int32)
             common[index] = len(names) + 1
             partners.append(int(rng.choice(np.flatnonzero(common == common.min()))))
             shared += common.min() > 0

@@ -66,9 +66,10 @@ def counts(tally: Tally, clips: int) -> dict:
 
 def describe(cfg: Config, notes: dict) -> dict:
     """What a reader needs to compare the scores with others."""
+    data = cfg.to_dict()["data"]
     return {"resolution": cfg.data.size, "threshold": cfg.eval.threshold, "audio_source": cfg.data.audio_source,
             "audio_timing": cfg.data.audio_timing, "resampler": RESAMPLER, "snr_db": cfg.eval.snr_db,
-            "frame_mix": cfg.eval.frame_mix, "seed": SEED, "toy": cfg.to_dict()["data"]["toy"],
+            "frame_mix": cfg.eval.frame_mix, "seed": SEED, "toy": data["toy"], "compose": data["compose"],
             "root": str(cfg.data.root), "icf": __version__, "torch": torch.__version__, **notes}
 
 
@@ -88,7 +89,7 @@ def class_rows(tally: Tally, classes: Sequence[str], categories: dict[int, tuple
 
 
 def clip_groups(dataset: Dataset) -> dict[str, list[int]]:
-    """Places of the clips of each group: aligned and conflicting in the toy benchmark, v1s, v1m and v2 in AVSS."""
+    """Places of the clips of each group: aligned and conflicting where a manifest tells, v1s, v1m and v2 in AVSS."""
     groups: dict[str, list[int]] = {}
     named = getattr(dataset, "groups", {})
     for index, name in enumerate(dataset.names):
@@ -100,7 +101,7 @@ def clip_groups(dataset: Dataset) -> dict[str, list[int]]:
 
 
 def oracles(dataset: Dataset) -> dict:
-    """J of whom segments what stands out, and of whom segments what is heard; known for the toy benchmark only."""
+    """J of whom segments what stands out, what is heard or all that can sound, where a manifest tells."""
     if not getattr(dataset, "groups", {}):
         return {}
     found = read_manifest(dataset.root)["oracles"].get(dataset.split) or {}

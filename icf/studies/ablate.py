@@ -221,8 +221,10 @@ def _scores(path: Path, line: Line, data: DataConfig) -> Scores:
     results = read_results(path)
     settings = results.settings
     got = {"split": results.split, "subset": results.subset, "toy": settings.get("toy") is not None,
+           "composed": settings.get("compose") is not None,
            "snr_db": settings.get("snr_db"), "frame_mix": settings.get("frame_mix")}
-    expected = {"split": "test", "subset": data.subset, "toy": data.toy is not None, "snr_db": None, "frame_mix": 0,
+    expected = {"split": "test", "subset": data.subset, "toy": data.toy is not None,
+                "composed": data.compose is not None, "snr_db": None, "frame_mix": 0,
                 **line.disturbance}
     if wrong := [f"{key} {expected[key]}, got {got[key]}" for key in got if got[key] != expected[key]]:
         raise ValueError(f"{path}: expected results of {', '.join(wrong)}")
@@ -287,7 +289,8 @@ def _comparable(data: DataConfig) -> str:
 
 
 def _data_name(data: DataConfig) -> str:
-    return f"toy {data.subset}" if data.toy is not None else data.subset
+    kind = "toy " if data.toy is not None else "composed " if data.compose is not None else ""
+    return f"{kind}{data.subset}"
 
 
 def markdown(study: Study, rows: list[dict]) -> str:

@@ -32,7 +32,8 @@ from icf.engine.tally import Tally
 from icf.files import write_atomic
 from icf.objective.cdcl import pool
 
-SAME = ("subset", "size", "frames", "audio_source", "audio_timing", "toy")   # of the data, for runs to be comparable
+# Of the data, for runs to be comparable.
+SAME = ("subset", "size", "frames", "audio_source", "audio_timing", "toy", "compose")
 COLUMNS = ("J", "F", "J&F")
 PERPLEXITY = 30.0
 TAB10_GREY = 7                          # place of the grey in matplotlib's tab10, too close to INK
@@ -203,9 +204,9 @@ def examine(run: Run, dataset: Subset, device: torch.device | str, progress: boo
 
 
 def sounding(dataset: Dataset, indices: Sequence[int]) -> list[list[frozenset[str]]]:
-    """What is seen and heard in every second of the clips: by the manifest of the toy benchmark, by the labels where
-    there are classes, else what is known to sound somewhere in the clip. Empty where it is not known, and where in the
-    toy benchmark something sounds off the screen too."""
+    """What is seen and heard in every second of the clips: by the manifest of a toy or composed benchmark, by labels
+    where there are classes, else what is known to sound somewhere in the clip. Empty where it is not known, and where
+    by the manifest something sounds off the screen too."""
     if getattr(dataset, "groups", {}):
         clips = {clip["name"]: clip for clip in read_manifest(dataset.root)["clips"]
                  if clip["split"] == dataset.split}

@@ -10,6 +10,7 @@ import sys
 import time
 import zlib
 from argparse import ArgumentError
+from collections import Counter
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
@@ -34,6 +35,8 @@ from icf.data import toy
 from icf.data.audio import load_log_mel, log_mel_examples, read_waveform
 from icf.data.avsbench import AVSBench, open_picture, read_captions, read_classes, read_index
 from icf.data.check import CHECKS, LEVELS, check
+from icf.data.compose import pictures, sounds
+from icf.data.compose.classes import read_class_map
 from icf.data.folder import open_frames, read_clips
 from icf.data.transforms import resize_frame
 from icf.data.video import open_video, read_sound, write_video
@@ -193,6 +196,63 @@ def read_manifest(path):
     toy.load_manifest(path.parent.parent, "s4")
     data = AVSBench(DataConfig(root=path.parent, subset="s4", size=64), "val")
     assert set(data.groups.values()) <= {"aligned", "conflicting"}
+
+
+def read_composed(path):
+    data = AVSBench(DataConfig(root=path.parent, subset="ms3", size=64), "test")
+    assert set(data[0].masks.unique().tolist()) <= {0, 1, 255} and len(data.visible_classes()) == 1
+
+
+def write_composed(path):
+    clip = path.parent / "ms3_data/visual_frames/a"
+    write_rows(["name", "split"], ["a", "test"])(path.parent / "ms3_meta_data.csv")
+    for folder, stem in ((clip, "a.mp4"), (path.parent / "ms3_data/gt_masks/test/a", "a")):
+        folder.mkdir(parents=True)
+        for i in range(1, 6):
+            Image.fromarray(np.full((64, 64), 127, np.uint8)).save(folder / f"{stem}_{i}.png")
+    (path.parent / "ms3_data/audio_wav/test").mkdir(parents=True)
+    write_sound(path.parent / "ms3_data/audio_wav/test/a.wav")
+    path.write_text(json.dumps({"version": 1, "oracles": {}, "void": 127, "settings": {"size": 64}, "clips": [
+        {"name": "a", "split": "test", "group": "aligned", "categories": ["dog"], "in_sight": ["dog", "cat"]}]}))
+
+
+def write_class_map(path):
+    path.write_text("replace: true\nsounds: {dog: [bark, 'bow *']}\nvideos: {a: [dog]}\nnames: {dog: [hound]}\n")
+
+
+def write_coco(path):
+    width, height = 48, 40
+    Image.new("RGB", (width, height), "red").save(path.parent.parent / "a.png")
+    square = {"segmentation": [[2, 2, 30, 2, 30, 30, 2, 30]], "area": 784}
+    crowd = {"segmentation": {"size": [height, width], "counts": [9, width * height - 9]}, "area": 9, "iscrowd": 1}
+    path.write_text(json.dumps({
+        "images": [{"id": 1, "file_name": "a.png", "height": height, "width": width}],
+        "annotations": [{"image_id": 1, "category_id": 7, **values} for values in (square, crowd)],
+        "categories": [{"id": 7, "name": "dog"}]}))
+
+
+def read_coco(path):
+    for photo in pictures._coco(path.parent.parent, path, read_class_map(), Counter()):
+        seen = pictures.examine(photo)
+        assert isinstance(seen, str) or 0 < max(seen.area.values()) <= 1
+
+
+def write_esc(path):
+    (path.parent.parent / "audio").mkdir()
+    write_sound(path.parent.parent / "audio/a.wav")
+    write_rows(["filename", "category", "src_file"], ["a.wav", "dog", "7"], ["a.wav", "cat", "8"])(path)
+
+
+def write_vgg(path):
+    write_sound(path.parent / "-a_000030.wav")
+    write_rows(["-a", "30", "dog barking", "train"], ["-a", "31", "cat meowing", "test"])(path)
+
+
+def read_sounds(read):
+    def of(path):
+        for sound in read(path):
+            assert isinstance(sounds.examine(sound), str) or sound.category
+    return of
 
 
 class Small(torch.nn.Module):
@@ -400,6 +460,11 @@ READERS = {  # file: how it is written, how it is read
     "label2idx.json": (write_json({"background": 0, "cat": 1, "dog": 2}), read_names),
     "captions.json": (write_json({name: ["a cat", "a dog"] for name in CLIPS}), read_texts),
     "Single-source/toy_manifest.json": (write_manifest, read_manifest),
+    "Multi-sources/composed_manifest.json": (write_composed, read_composed),
+    "classes.yaml": (write_class_map, lambda path: read_class_map(path).barred("bow wow")),
+    "meta/esc50.csv": (write_esc, read_sounds(lambda path: sounds._esc50(path.parent.parent, Counter()))),
+    "vggsound.csv": (write_vgg, read_sounds(lambda path: sounds._vggsound(path.parent, path, Counter()))),
+    **({"annotations/instances_val.json": (write_coco, read_coco)} if find_spec("pycocotools") else {}),
     "best.safetensors": (write_weights, load_small),
     "config.yaml": (write_config, read_run),
     "preset.yaml": (write_config, parse_preset),

@@ -13,8 +13,10 @@ from icf.data.check.sounds import check_log_mel, check_sound
 SIDE = 224  # pixels of S4's and MS3's frames
 
 
-def examine(record: Record, folder: Path, subset: str, classes: list[str], deep: bool) -> Clip:
-    clip = Clip()
+def examine(record: Record, folder: Path, subset: str, classes: list[str], deep: bool, manifest: dict) -> Clip:
+    """`manifest`: what a benchmark that was made here says of itself."""
+    clip, size = Clip(), manifest["settings"].get("size")
+    side = None if subset not in ("s4", "ms3") else size if isinstance(size, int) else SIDE
 
     def present(path: Path, check: str, level: str = "error") -> bool:
         if not path.is_file():
@@ -27,10 +29,10 @@ def examine(record: Record, folder: Path, subset: str, classes: list[str], deep:
     sizes = {}
     for path in record.frames:
         if present(path, "files"):
-            sizes[path.stem] = _frame(path, folder, subset, deep, clip)
+            sizes[path.stem] = _frame(path, folder, side, deep, clip)
     for path in label_paths(record):
         if present(path, "files"):
-            size, values = check_label(path, record, folder, classes, deep, clip)
+            size, values = check_label(path, record, folder, classes, deep, clip, manifest["void"])
             frame = sizes.get(path.stem)
             if subset not in ("s4", "ms3") and size and frame and size != frame:
                 clip.add("labels", "error", relative(path, folder), f"is {size[0]}x{size[1]}, its frame "
@@ -46,8 +48,8 @@ def examine(record: Record, folder: Path, subset: str, classes: list[str], deep:
     return clip
 
 
-def _frame(path: Path, folder: Path, subset: str, deep: bool, clip: Clip) -> tuple[int, int] | None:
-    """Width and height, or None for a broken file."""
+def _frame(path: Path, folder: Path, side: int | None, deep: bool, clip: Clip) -> tuple[int, int] | None:
+    """Width and height, or None for a broken file. `side`: expected of both, if anything is."""
     where = relative(path, folder)
     try:
         with open_picture(path) as image:
@@ -61,6 +63,6 @@ def _frame(path: Path, folder: Path, subset: str, deep: bool, clip: Clip) -> tup
     clip.counts["frames"] += 1
     if mode != "RGB":
         clip.add("frames", "warning", where, f"has mode {mode}, expected RGB")
-    if subset in ("s4", "ms3") and size != (SIDE, SIDE):
-        clip.add("frames", "warning", where, f"is {size[0]}x{size[1]}, expected {SIDE}x{SIDE}")
+    if side and size != (side, side):
+        clip.add("frames", "warning", where, f"is {size[0]}x{size[1]}, expected {side}x{side}")
     return size

@@ -6,10 +6,19 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from icf.data.avsbench import FOLDERS, Record, find_root, read_classes, read_index
+from icf.data.avsbench import (
+    FOLDERS,
+    NO_MANIFEST,
+    Record,
+    find_manifest,
+    find_root,
+    read_classes,
+    read_index,
+    read_manifest,
+)
 from icf.data.check.clip import examine
 from icf.data.check.findings import CHECKS, LEVELS, Clip, Finding
-from icf.data.check.layout import check_metadata, check_surplus, is_toy
+from icf.data.check.layout import check_metadata, check_surplus
 from icf.data.check.report import Report
 
 CLASSES = 71  # of AVSS, with background
@@ -33,6 +42,7 @@ def check(root: Path | str, subset: str, deep: bool = False, progress: bool = Tr
     report = Report(str(root), subset, deep)
     try:
         folder, records, classes = _index(Path(root), subset, report)
+        manifest = read_manifest(folder) if find_manifest(folder) else NO_MANIFEST
     except (FileNotFoundError, ValueError, KeyError) as error:
         report.findings.append(Finding("metadata", "error", str(root), str(error)))
         return report
@@ -40,7 +50,7 @@ def check(root: Path | str, subset: str, deep: bool = False, progress: bool = Tr
     if subset != "folder":
         report.findings += check_surplus(folder, subset, records)
     with ThreadPoolExecutor() as pool:
-        clips = pool.map(lambda record: examine(record, folder, subset, classes, deep), records)
+        clips = pool.map(lambda record: examine(record, folder, subset, classes, deep, manifest), records)
         clips = list(_bar(clips, len(records), f"checking {subset}", progress))
     report.findings += [finding for clip in clips for finding in clip.findings]
     _summarise(report, folder, records, clips, classes)
@@ -68,7 +78,7 @@ def _index(root: Path, subset: str, report: Report) -> tuple[Path, list[Record],
     if subset == "avss":
         try:
             classes = read_classes(folder)
-            if len(classes) != CLASSES and not is_toy(folder):
+            if len(classes) != CLASSES and not find_manifest(folder):
                 report.findings.append(Finding("classes", "warning", "label2idx.json",
                                                f"{len(classes)} classes, the published set has {CLASSES}"))
         except (FileNotFoundError, ValueError) as error:

@@ -15,9 +15,10 @@ from icf.data.check.layout import LABELS
 STRAY = 16  # pixels, below which a component of a label is stray
 
 
-def check_label(path: Path, record: Record, folder: Path, classes: list[str], deep: bool,
-           clip: Clip) -> tuple[tuple[int, int] | None, np.ndarray | None]:
-    """Width and height, None for a broken file, and the values where they are looked at."""
+def check_label(path: Path, record: Record, folder: Path, classes: list[str], deep: bool, clip: Clip,
+                void: int | None) -> tuple[tuple[int, int] | None, np.ndarray | None]:
+    """Width and height, None for a broken file, and the values where they are looked at. `void`: the value of ignored
+    pixels of binary labels, if there is one."""
     where = relative(path, folder)
     try:
         if not deep:
@@ -33,14 +34,16 @@ def check_label(path: Path, record: Record, folder: Path, classes: list[str], de
     if classes or record.source in LABELS:
         _indices(values, where, classes, clip)
     else:
-        _binary(values, where, record, clip)
+        _binary(values, where, record, clip, void)
     return values.shape[1::-1], values
 
 
-def _binary(values: np.ndarray, where: str, record: Record, clip: Clip) -> None:
+def _binary(values: np.ndarray, where: str, record: Record, clip: Clip, void: int | None) -> None:
     if values.ndim == 3:
         values = values.max(axis=2)
-    other = ~np.isin(values, (0, 1) if values.max() == 1 else (0, 255))
+    if void is not None:
+        values = values[values != void]
+    other = ~np.isin(values, (0, 1) if values.max(initial=0) == 1 else (0, 255))
     if other.any():
         clip.add("labels", "warning", where, f"{other.mean():.2%} of the values are neither 0 nor 255")
     if not values.any():
@@ -58,7 +61,7 @@ def _indices(values: np.ndarray, where: str, classes: list[str], clip: Clip) -> 
     clip.pixels.update({i: int(counts[i]) for i in present})
     if wrong := [i for i in present if i >= len(classes) and i != IGNORE and classes]:
         clip.add("labels", "error", where, f"holds {wrong}, expected indices below {len(classes)}")
-    stray = stray_components(values)
+    stray = stray_components(np.where(values == IGNORE, 0, values))
     if stray:
         names = ", ".join(sorted({classes[i] if i < len(classes) else str(i) for i in stray}))
         clip.counts["stray components"] += len(stray)
@@ -138,5 +141,5 @@ def _known_codes(classes: int) -> np.ndarray:
     """Whether a colour is that of a class, in either order of the channels [2**24]."""
     known = np.zeros(2**24, dtype=bool)
     for codes in _class_codes():
-        known[codes[:max(classes, 1)]] = True
+        known[codes[[*range(max(classes, 1)), IGNORE]]] = True
     return known

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from icf.data.avsbench import COLUMNS, MANIFEST, METADATA, SPLITS, Record, read_metadata
+from icf.data.avsbench import COLUMNS, METADATA, SPLITS, Record, find_manifest, read_metadata
 from icf.data.check.findings import Finding
 
 COUNTS = {
@@ -35,17 +35,13 @@ def check_metadata(folder: Path, subset: str, records: list[Record]) -> Iterator
         if len(same) > 1:
             names = " and ".join(record.split for record in same)
             yield Finding("metadata", "error", where, f"{same[0].name} is named {len(same)} times, in {names}")
-    if subset in COUNTS and not is_toy(folder):
+    if subset in COUNTS and not find_manifest(folder):
         found = Counter((record.source, record.split) for record in records)
         for source, counts in COUNTS[subset].items():
             for split, count in zip(SPLITS, counts, strict=True):
                 if found[source, split] != count:
                     yield Finding("metadata", "warning", where,
                                   f"{found[source, split]} clips of {source} {split}, the published set has {count}")
-
-
-def is_toy(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
 
 
 def check_surplus(folder: Path, subset: str, records: list[Record]) -> Iterator[Finding]:

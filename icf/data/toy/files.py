@@ -1,28 +1,24 @@
 """The files of the toy benchmark: clips in the layouts of AVSBench, their metadata, and the manifest."""
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import soundfile
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from icf.data.audio import RATE, fit_examples, resample
 from icf.data.avsbench import MANIFEST, class_palette, read_manifest
+from icf.data.layouts import bar, binary_score, class_score, parallel, summarise, write_metadata, write_sound
 from icf.data.toy.pictures import draw
 from icf.data.toy.scene import CLASSES, FOLDERS, LABELS, MOMENT, SECONDS, SHORT, SPLITS, WIDE, Scene, Settings, compose
 from icf.data.toy.sounds import examples, hear, play
@@ -65,7 +61,6 @@ def write_clip(task: Task) -> dict:
     ears = hear(log_mel, 1 if task.source == "s4" else 3)
     ears += ears[-1:] * (scene.seconds - len(ears))  # the sound that ends early
     audio = [{k for k, shape in enumerate(scene.shapes) if shape.kind in heard} for heard in ears]
-    score = _class_scores if task.subset == "avss" else _binary_scores
     return {
         "name": name,
         "split": task.split,
@@ -76,8 +71,8 @@ def write_clip(task: Task) -> dict:
         "off_screen": [{"class": kind, "sounding": [int(on) for on in flags]} for kind, flags in scene.elsewhere],
         "sha256": {"frames": _sha(np.stack(pictures)), "sound": _sha(sound),
                    "masks": _sha(np.stack([_mask(o, shapes) for o, shapes in zip(owners, truth, strict=True)]))},
-        "salience": score(scene, owners, truth, salient),
-        "audio": score(scene, owners, truth, audio),
+        "salience": _scores(task.subset, scene, owners, truth, salient),
+        "audio": _scores(task.subset, scene, owners, truth, audio),
     }
 
 
@@ -97,24 +92,13 @@ def _box(mask: NDArray) -> list[int]:
     return [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1]
 
 
-def _binary_scores(scene: Scene, owners, truth, shown) -> list[list[float]]:
-    """[J as published, J strict] of every second; they differ where nothing sounds."""
-    scores = []
-    for owner, true, predicted in zip(owners, truth, shown, strict=True):
-        y, p = _mask(owner, true), _mask(owner, predicted)
-        strict = (y & p).sum() / (y | p).sum() if (y | p).any() else 1.0
-        scores.append([strict if y.any() else 1 - p.mean(), strict])
-    return np.round(scores, 6).tolist()
-
-
-def _class_scores(scene: Scene, owners, truth, shown) -> list[list[float | None]]:
-    """IoU of every class in every second, None where a class is neither true nor predicted; the first is background."""
-    scores = []
-    for owner, true, predicted in zip(owners, truth, shown, strict=True):
-        y, p = (_indices(scene, owner, shapes) for shapes in (true, predicted))
-        unions = [((y == c) | (p == c)).sum() for c in range(len(CLASSES) + 1)]
-        scores.append([round(float(((y == c) & (p == c)).sum() / n), 6) if n else None for c, n in enumerate(unions)])
-    return scores
+def _scores(subset: str, scene: Scene, owners, truth, shown) -> list[list[float | None]]:
+    """Of every second, as `binary_score` or `class_score`."""
+    if subset == "avss":
+        return [class_score(_indices(scene, owner, true), _indices(scene, owner, predicted), len(CLASSES) + 1)
+                for owner, true, predicted in zip(owners, truth, shown, strict=True)]
+    return [binary_score(_mask(owner, true), _mask(owner, predicted))
+            for owner, true, predicted in zip(owners, truth, shown, strict=True)]
 
 
 def _indices(scene: Scene, owner: NDArray, shapes: set[int]) -> NDArray:
@@ -166,7 +150,6 @@ def _save_mask(path: Path, mask: NDArray, palette: bool) -> None:
 
 def _write_sound(path: Path, sound: NDArray, index: int) -> None:
     """16-bit sound: one clip per split is stereo, one at 44.1 kHz."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rate = RATE
     if index == 1:
         sound = np.stack([sound, sound], axis=1)
@@ -174,9 +157,7 @@ def _write_sound(path: Path, sound: NDArray, index: int) -> None:
         rate = 44100
         faster = resample(torch.from_numpy(sound / 32768), RATE, rate)
         sound = (faster * 32768).round().clamp(-32768, 32767).short().numpy()
-    file = io.BytesIO()  # soundfile would wait for the disk after every file
-    soundfile.write(file, sound, rate, subtype="PCM_16", format="WAV")
-    path.write_bytes(file.getvalue())
+    write_sound(path, sound, rate)
 
 
 def _write_avss(task: Task, scene: Scene, pictures, owners, sound, log_mel) -> str:
@@ -198,44 +179,6 @@ def _write_avss(task: Task, scene: Scene, pictures, owners, sound, log_mel) -> s
         (clip / "labels_semantic" / ".DS_Store").write_bytes(b"")
     _write_sound(clip / "audio.wav", sound, task.index)
     return uid
-
-
-def _a_obj(clip: dict) -> str:
-    """The objects as AVSBench's metadata lists them, for people to read."""
-    heard = [shape["class"] for shape in clip["shapes"] if any(shape["sounding"])]
-    return "_".join(["background", *sorted(heard), *(["off-the-screen"] if clip["off_screen"] else [])])
-
-
-def _write_metadata(folder: Path, subset: str, clips: list[dict]) -> None:
-    if subset == "s4":
-        header = ["name", "start_time(s)", "category", "split"]
-        heard = [next(shape["class"] for shape in clip["shapes"] if any(shape["sounding"])) for clip in clips]
-        rows = [[clip["name"], 0, category, clip["split"]] for clip, category in zip(clips, heard, strict=True)]
-    elif subset == "ms3":
-        header = ["name", "split"]
-        rows = [[clip["name"], clip["split"]] for clip in clips]
-    else:
-        header = ["vid", "uid", "s_min", "s_sec", "a_obj", "split", "label"]
-        rows = [["_".join(clip["name"].split("_")[:3]), clip["name"], 0, 0, _a_obj(clip), clip["split"], clip["label"]]
-                for clip in clips]
-        names = {name: index for index, name in enumerate(("background", *CLASSES))}
-        (folder / "label2idx.json").write_text(json.dumps(names, indent=1))
-    path = folder / ("metadata.csv" if subset == "avss" else f"{subset}_meta_data.csv")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
-
-
-def _oracles(subset: str, clips: list[dict]) -> dict:
-    """J of whom always segments the salient shape, and of whom segments the shapes whose timbre it hears."""
-    result = {"clips": len(clips), "aligned": sum(clip["group"] == "aligned" for clip in clips)}
-    for oracle in ("salience", "audio"):
-        scores = np.array([second for clip in clips for second in clip[oracle]], dtype=float)
-        if subset == "avss":
-            counted = np.maximum((~np.isnan(scores)).sum(axis=0), 1)
-            result[oracle] = {"J": float((np.nansum(scores, axis=0) / counted).mean())}
-        else:
-            result[oracle] = dict(zip(("J", "J_strict"), scores.mean(axis=0).tolist(), strict=True))
-    return result
 
 
 def generate(root: Path | str, size: str = "small", seed: int = 0, bias: float = 0.9, visible: Sequence[int] = (2, 3),
@@ -300,11 +243,12 @@ def _generate_subset(root: Path, subset: str, settings: Settings, workers: int |
         tasks = [Task(settings, subset, source, split, index, partial)
                  for source, counts in settings.counts(subset).items()
                  for split, count in zip(SPLITS, counts, strict=True) for index in range(count)]
-        clips = list(_progress(_run(tasks, workers), len(tasks), f"toy {subset}", progress))
-        _write_metadata(partial, subset, clips)
+        clips = list(bar(parallel(write_clip, tasks, workers), len(tasks), f"toy {subset}", progress))
+        write_metadata(partial, subset, clips, CLASSES)
         manifest = {
             "version": VERSION, "subset": subset, "classes": list(CLASSES), "settings": asdict(settings),
-            "oracles": {split: _oracles(subset, [c for c in clips if c["split"] == split]) for split in SPLITS},
+            "oracles": {split: summarise(subset, [c for c in clips if c["split"] == split], ("salience", "audio"))
+                        for split in SPLITS},
             "clips": [{key: clip[key] for key in clip if key not in ("salience", "audio")} for clip in clips],
         }
         (partial / MANIFEST).write_text(json.dumps(manifest))
@@ -316,26 +260,6 @@ def _generate_subset(root: Path, subset: str, settings: Settings, workers: int |
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _run(tasks: list[Task], workers: int | None) -> Iterator[dict]:
-    """Entries of the manifest in the order of the tasks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or cores or 1
-    if workers == 1:
-        yield from map(write_clip, tasks)
-        return
-    # One thread each: they share the cores, and OpenMP does not survive a fork otherwise.
-    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(write_clip, tasks, chunksize=4)
-
-
-def _progress(items: Iterator[dict], total: int, title: str, show: bool) -> Iterator[dict]:
-    if not show:
-        return items
-    from rich.progress import track
-
-    return track(items, title, total)
 
 
 def load_manifest(root: Path | str, subset: str) -> dict:
