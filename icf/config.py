@@ -250,7 +250,7 @@ class MITConfig:
     slot_len: int = 1
     match: Literal["st_top1", "hard", "mean"] = "st_top1"
     standardise: bool = True
-    match_tau: float = 0.07
+    match_tau: float | None = None
     fuse: Literal["query", "level_scalar"] = "query"
     z_mode: Literal["per_frame", "pooled"] = "per_frame"
     parts: int = 2
@@ -315,11 +315,12 @@ class SCConfig:
     predict: Literal["mixed", "rotated"] = "mixed"
     condition: bool = True
     ortho: Literal["target", "paper", "off"] = "target"
-    min_degree: float = 0.35
+    min_degree: float = 0.47
     lambda_z: float = 0.8
     lambda_ortho: float = 1.0
     symmetric: bool = True
-    grad: Literal["last_step", "none", "full"] = "last_step"
+    grad: Literal["none", "last_step", "full", "reversed"] = "none"
+    part: Literal["all", "other"] = "all"
     detach_z: bool = True
     width: int = 256
     layers: int = 4
@@ -370,6 +371,7 @@ class CDCLConfig:
     no_negatives: Literal["diag", "skip"] = "diag"
     text_negatives: Literal["cf", "batch", "both"] = "both"
     weights: Literal["rho", "alpha"] = "rho"
+    weight_grad: bool = False
     weight_sum: Literal["one", "keep"] = "one"
     visual_pool: Literal["mask", "gap"] = "mask"
     gather: bool = True

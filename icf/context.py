@@ -51,14 +51,19 @@ class ChannelAttention(nn.Module):
     def _printed(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         scores = q @ k.transpose(1, 2)
         if rows is not None:
-            scores = scores.masked_fill(~rows[:, None], -torch.inf)
+            scores = scores.masked_fill(~_seen(rows)[:, None], -torch.inf)
             v = v * rows[..., None]
         return scores.softmax(-1).transpose(1, 2) @ v
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-    mask = None if rows is None else rows[:, None, None]
+    mask = None if rows is None else _seen(rows)[:, None, None]
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], mask, scale=1.0)[:, 0]
+
+
+def _seen(rows: Tensor) -> Tensor:
+    """rows [N,R] bool; where there is nothing to see, all is seen, as a softmax over nothing is not a number."""
+    return rows | ~rows.any(-1, keepdim=True)
 
 
 class VisualContext(nn.Module):
@@ -130,7 +135,7 @@ class LevelFeatures(nn.Module):
         if level in self.blocks:
             windows = x[rows, place]                                                            # [B, n, w, C, h, w]
             shape, flat = windows.shape[:3], windows.flatten(0, 2)
-            seen = None if real is None else (real | ~real.any(-1, keepdim=True)).flatten(0, 1)  # padding sees itself
+            seen = None if real is None else real.flatten(0, 1)
             pooled = (flat + self.blocks[level][scale](flat, shape[2], seen)).mean((2, 3)).unflatten(0, shape)
         else:
             pooled = x.mean((3, 4))[rows, place]                                                # [B, n, w, C]

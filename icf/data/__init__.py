@@ -28,6 +28,8 @@ class Clip:
         categories: classes that are known to sound somewhere in the clip; empty where the set does not tell.
         replaced_log_mel: as `log_mel`, what could sound instead, and `captions` of the clip with other objects; for the
             ablations of counterfactuals, None otherwise.
+        negative: whether `log_mel` is a sound that belongs to nothing in the clip, whose own is then `own_log_mel`;
+            None where there are no such clips (`data.negatives`).
     """
 
     frames: Tensor
@@ -39,6 +41,8 @@ class Clip:
     categories: tuple[str, ...] = ()
     replaced_log_mel: Tensor | None = None
     captions: tuple[str, ...] | None = None
+    negative: bool | None = None
+    own_log_mel: Tensor | None = None
 
 
 @dataclass
@@ -46,7 +50,8 @@ class Batch:
     """Clips of equal T, H and W, stacked: every tensor of `Clip` with a leading B.
 
     `real` [N] and `labelled` [M] are the places of the frames that exist, and that have a label, among the B*T frames;
-    found while the masks are on the CPU, they tell a model the sizes N and M without waiting for a GPU.
+    found while the masks are on the CPU, they tell a model the sizes N and M without waiting for a GPU. `own_log_mel`
+    holds the `log_mel` of clips that are not negative, and is None where no clip is.
     """
 
     frames: Tensor
@@ -60,6 +65,8 @@ class Batch:
     labelled: Tensor | None = None
     replaced_log_mel: Tensor | None = None
     captions: list[tuple[str, ...]] | None = None
+    negative: Tensor | None = None
+    own_log_mel: Tensor | None = None
 
     def __post_init__(self):
         if self.real is None:
@@ -89,9 +96,13 @@ def collate(clips: list[Clip]) -> Batch:
     stack = {name: torch.stack([getattr(clip, name) for clip in clips])
              for name in ("frames", "log_mel", "masks", "frame_mask", "label_mask")}
     replaced, captions = [clip.replaced_log_mel for clip in clips], [clip.captions for clip in clips]
+    negative = [clip.negative for clip in clips]
+    own = [clip.log_mel if clip.own_log_mel is None else clip.own_log_mel for clip in clips]
     return Batch(**stack, names=[clip.name for clip in clips], categories=[clip.categories for clip in clips],
                  replaced_log_mel=None if any(x is None for x in replaced) else torch.stack(replaced),
-                 captions=None if None in captions else captions)
+                 captions=None if None in captions else captions,
+                 negative=None if None in negative else torch.tensor(negative),
+                 own_log_mel=torch.stack(own) if any(negative) else None)
 
 
 def build_dataset(data: DataConfig, split: str) -> torch.utils.data.Dataset:

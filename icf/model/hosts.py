@@ -18,7 +18,7 @@ from icf.model.audio import VGGish
 from icf.model.losses import IGNORE, Losses, class_losses, dense_losses
 from icf.model.packing import Packing, background
 from icf.model.pixel_decoder import PixelDecoder
-from icf.model.visual import VisualEncoder
+from icf.model.visual import VisualEncoder, keep_finite
 from icf.objective.objective import ICFObjective
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Host(nn.Module):
                                "objective")
         clips = Packing(batch.real, batch.frame_mask)
         maps = self.visual(clips.pack(batch.frames))                        # res2..res5 [N,C,H/4,W/4] ..
-        audio = clips.unpack(self.audio(clips.pack(batch.log_mel)))         # [B, T, 128]
+        audio = self._hear(batch.log_mel, clips)                            # [B, T, 128]
         only_labelled = self.training and self.objective is None
         found = self.interact(maps, audio, clips, batch.labelled if only_labelled else batch.real)
         with torch.autocast(audio.device.type, enabled=False):
@@ -102,6 +102,10 @@ class Host(nn.Module):
             wanted = slice(None) if only_labelled else clips.find(batch.labelled)
             losses = self._losses(found, wanted, batch.masks.flatten(0, 1)[batch.labelled])
             return losses if self.objective is None else losses + self._objective(found, audio, clips, batch)
+
+    def _hear(self, log_mel: Tensor, clips: Packing) -> Tensor:
+        """[B,T,1,96,64] -> [B,T,128]."""
+        return clips.unpack(self.audio(clips.pack(log_mel)))
 
     def _losses(self, found: Interaction, wanted: Tensor | slice, masks: Tensor) -> Losses:
         """wanted: places of the labelled among the frames found; masks: [L,H,W], theirs."""
@@ -116,10 +120,11 @@ class Host(nn.Module):
         seen, heard, *maps = (clips.unpack(x.float()) for x in (found.visual, found.audio, *found.maps))
         logits = found.logits.detach().float()
         where = logits.sigmoid() if self.classes == 1 else 1 - logits.softmax(1)[:, :1]
-        replaced = None if batch.replaced_log_mel is None else clips.unpack(
-            self.audio(clips.pack(batch.replaced_log_mel))).float()
-        return self.objective(seen, heard, clips.mask, clips.unpack(where), maps=maps, sound=audio.float(),
-                              replaced_sound=replaced, captions=batch.captions)
+        own, replaced = (None if x is None else self._hear(x, clips).float()
+                         for x in (batch.own_log_mel, batch.replaced_log_mel))
+        return self.objective(seen, heard, clips.mask, clips.unpack(where), maps=maps,
+                              sound=audio.float() if own is None else own, replaced_sound=replaced,
+                              captions=batch.captions, negative=batch.negative)
 
 
 class TPAVI(Host):
@@ -172,7 +177,7 @@ class SoundAttention(nn.Module):
         inner = dim // 2
         self.theta = nn.Conv2d(dim, inner, 1)
         self.phi, self.g = nn.Linear(audio_dim, inner), nn.Linear(dim, inner)
-        self.expand = nn.Sequential(nn.Conv2d(inner, dim, 1, bias=False), nn.BatchNorm2d(dim))
+        self.expand = keep_finite(nn.Sequential(nn.Conv2d(inner, dim, 1, bias=False), nn.BatchNorm2d(dim)))
         self.norm = nn.LayerNorm(dim)
         nn.init.zeros_(self.expand[1].weight)
 
@@ -180,7 +185,7 @@ class SoundAttention(nn.Module):
         """x: [N,C,h,w] of the real frames; audio: [B,T,D] -> as x."""
         steps = audio.shape[1]
         value = clips.unpack(self.g(x.mean((2, 3))))                        # [B, T, C'], zero where there is no frame
-        count = steps if clips.mask is None else clips.mask.sum(1)[:, None, None]
+        count = steps if clips.mask is None else clips.mask.sum(1).clamp(min=1)[:, None, None]
         mixed = value.transpose(1, 2) @ self.phi(audio) / count             # [B, C', C'], M transposed
         y = mixed[clips.real // steps] @ self.theta(x).flatten(2)           # [N, C', S]
         x = x + self.expand(y.unflatten(2, x.shape[2:]))

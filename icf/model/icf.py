@@ -91,7 +91,8 @@ class ICF(nn.Module):
             raise RuntimeError("ICF: this model was built for inference, without its training objective")
         clips = Packing(batch.real, batch.frame_mask)
         maps, coarse, audio = self._encode(batch, clips)                    # res2..res5 [N,C,H/4,W/4] .., [B, T, 128]
-        reading = self._read(coarse, audio, clips)                          # MIT: text [B, T, D]
+        own = audio if batch.own_log_mel is None else self._hear(batch.own_log_mel, clips)
+        reading = self._read(coarse, own, clips)                            # MIT: text [B, T, D], of the clips' sounds
         cf = self._imagine(reading, batch, clips)                           # SC: counterfactual texts [B, K, T, D]
         contrasted = self.objective is not None and self.objective.cdcl is not None
         frames = batch.real if contrasted else batch.labelled               # [M], those to be decoded, among B*T
@@ -106,16 +107,21 @@ class ICF(nn.Module):
             if not contrasted:
                 return losses + self.objective.contrast(None, None, reading, cf)
             seen, heard, where = (clips.unpack(x) for x in (decoded.pixels, decoded.audio[:, 0], decoded.foreground))
-            return losses + self.objective.contrast(seen, heard, reading, cf, clips.mask, where)  # CDCL, Eq. 19
+            return losses + self.objective.contrast(seen, heard, reading, cf, clips.mask,  # CDCL, Eq. 19
+                                                    batch.negative, where)
 
     def _encode(self, batch: Batch, clips: Packing) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Maps of the real frames, res4 and res5 again by clip [B,T,C,h,w], and sound [B,T,128]."""
         maps = self.visual(clips.pack(batch.frames))                        # res2..res5 [N,C,H/4,W/4] ..
-        audio = clips.unpack(self.audio(clips.pack(batch.log_mel)))         # [B, T, 128]
+        audio = self._hear(batch.log_mel, clips)                            # [B, T, 128]
         coarse = [clips.unpack(x).flatten(0, 1) for x in maps[2:]]          # res4, res5 [B*T, C, h, w]
         coarse = self.context(coarse, clips.shape[1], clips.mask)
         coarse = [x.unflatten(0, clips.shape) for x in coarse]
         return [*maps[:2], *(clips.pack(x) for x in coarse)], coarse, audio
+
+    def _hear(self, log_mel: Tensor, clips: Packing) -> Tensor:
+        """[B,T,1,96,64] -> [B,T,128]."""
+        return clips.unpack(self.audio(clips.pack(log_mel)))
 
     def _read(self, coarse: list[Tensor], audio: Tensor, clips: Packing) -> Reading | None:
         return None if self.objective is None else self.objective.read(coarse, audio, clips.mask)
@@ -123,8 +129,7 @@ class ICF(nn.Module):
     def _imagine(self, reading: Reading | None, batch: Batch, clips: Packing) -> Counterfactuals | None:
         if self.objective is None:
             return None
-        replaced = None if batch.replaced_log_mel is None else clips.unpack(
-            self.audio(clips.pack(batch.replaced_log_mel)))
+        replaced = None if batch.replaced_log_mel is None else self._hear(batch.replaced_log_mel, clips)
         return self.objective.imagine(reading, clips.mask, replaced, batch.captions)
 
     @staticmethod

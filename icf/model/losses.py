@@ -13,6 +13,10 @@ NO_OBJECT = 0.1
 """Weight of queries without a mask in the class term *(COMBO)*."""
 
 
+FOCUS = 2
+"""Exponent of focal losses, as published."""
+
+
 class Losses(NamedTuple):
     """What a training step returns: the number to differentiate, and its parts by name, all 0-dim."""
 
@@ -30,34 +34,33 @@ class Losses(NamedTuple):
 
 
 def dense_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """BCE, dice and focal loss of one foreground, each the mean over frames, summed over heads.
+    """BCE, dice and focal loss of one foreground, each the mean over frames, summed over heads; 0 without frames.
 
     Args:
         logits: [P,N,1,h,w] of P heads, enlarged to the size of the masks.
         masks: [N,H,W] uint8, 0/1, 255 where it is not known.
     """
-    heads, n = logits.shape[:2]
+    n = len(masks)
     known = (masks != IGNORE).float()                                                                   # [N, H, W]
     target = (masks == 1).float()
-    x = F.interpolate(logits.float().flatten(0, 1), size=masks.shape[1:], mode="bilinear", align_corners=False)
-    x = x.view(heads, n, *masks.shape[1:])                                                              # [P, N, H, W]
+    x = _enlarge(logits.float(), masks)[:, :, 0]                                                        # [P, N, H, W]
     entropy = (F.softplus(x) - x * target) * known
     probability = x.sigmoid() * known
     count = known.sum().clamp(min=1)
     target = target.expand_as(x)
     return {"bce": entropy.sum() / count,
-            "dice": _dice(probability.flatten(2), target.flatten(2)).mean(1).sum(),
+            "dice": _dice(probability.flatten(2), target.flatten(2)).sum() / max(n, 1),
             "focal": _focal(entropy, target).sum() / count}
 
 
 def class_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """Cross entropy of classes, the mean over pixels, summed over heads.
+    """Cross entropy of classes, the mean over pixels, summed over heads; 0 where no pixel is known.
 
     Args:
         logits: [P,N,K,h,w] of P heads, enlarged to the size of the masks.
         masks: [N,H,W] uint8, class index, 255 where it is not known.
     """
-    x = F.interpolate(logits.float().flatten(0, 1), size=masks.shape[1:], mode="bilinear", align_corners=False)
+    x = _enlarge(logits.float(), masks).flatten(0, 1)                                                   # [P*N, K, H, W]
     error = F.cross_entropy(x, masks.long().repeat(len(logits), 1, 1), ignore_index=IGNORE, reduction="sum")
     return {"ce": error / (masks != IGNORE).sum().clamp(min=1)}
 
@@ -68,38 +71,45 @@ def matched_losses(class_logits: Tensor, mask_logits: Tensor, masks: Tensor,
 
     Costs are 2 class, 5 BCE, 5 dice; terms of masks are means over the matched pairs. A mask is compared at a quarter
     as many points as it has pixels, 12,544 at 224 x 224 *(COMBO)*: random ones for matching, for the loss three
-    quarters of them where the prediction is least certain.
+    quarters of them where the prediction is least certain. Points that are not known do not count, nor do frames of
+    which nothing is known. What is trained is what is read, a softmax over classes.
 
     Args:
         class_logits: [P,N,Q,K+1] of P heads, the last for "no object".
         mask_logits: [P,N,Q,h,w].
-        masks: [N,H,W] uint8, class index; with K = 1, 0/1 and only foreground is matched. 255 belongs to no mask.
-        preset: the class term `focal` (sigmoid focal loss on K+1 outputs) with `paper`, `ce` with `combo`.
+        masks: [N,H,W] uint8, class index; with K = 1, 0/1 and only foreground is matched. 255 where it is not known.
+        preset: the class term `focal`, (1 - p)^2 (-log p), with `paper`, `ce` with `combo`.
     """
     mask_logits, class_logits = mask_logits.float(), class_logits.float()
     classes = class_logits.shape[-1] - 1
     points = masks.shape[1] * masks.shape[2] // 4
     labels, targets = _targets(masks, classes)                              # [N, G] (-1: none), [N, G, H, W]
-    pairs = _match(class_logits, mask_logits, labels, targets, points)      # [P, 3, R]: frame, query, mask
+    known = (masks != IGNORE).float()[:, None]                              # [N, 1, H, W]
+    pairs = _match(class_logits, mask_logits, labels, targets, points, known)   # [P, 3, R]: frame, query, mask
     pairs_count = max(1, pairs.shape[2])
+    name = "focal" if preset == "paper" else "ce"
     zero = mask_logits.sum() * 0                                            # keeps the graph where nothing is matched
-    terms = {"focal" if preset == "paper" else "ce": zero, "bce": zero, "dice": zero}
+    terms = {name: class_logits.sum() * 0, "bce": zero, "dice": zero}
     for scores, logits, (frame, query, mask) in zip(class_logits, mask_logits, pairs, strict=True):
         wanted = torch.full(scores.shape[:2], classes, device=scores.device)
         wanted[frame, query] = labels[frame, mask]
-        weight = torch.where(wanted == classes, NO_OBJECT, 1.0)
+        weight = torch.where(wanted == classes, NO_OBJECT, 1.0) * known.amax((1, 2, 3))[:, None]        # [N, Q]
+        error = F.cross_entropy(scores.transpose(1, 2), wanted, reduction="none")
         if preset == "paper":
-            one_hot = F.one_hot(wanted, classes + 1).float()
-            error = _focal(F.softplus(scores) - scores * one_hot, one_hot).sum(-1)
-            terms["focal"] = terms["focal"] + (weight * error).sum() / weight.sum()
-        else:
-            error = F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), reduction="none")
-            terms["ce"] = terms["ce"] + (weight.flatten() * error).sum() / weight.sum()
+            error = (-torch.expm1(-error)) ** FOCUS * error
+        terms[name] = terms[name] + (weight * error).sum() / weight.sum().clamp(min=NO_OBJECT)
         if pairs.shape[2]:
-            x, target = _uncertain_points(logits[frame, query], targets[frame, mask], points)
-            terms["bce"] = terms["bce"] + F.binary_cross_entropy_with_logits(x, target)
-            terms["dice"] = terms["dice"] + _dice(x.sigmoid(), target).sum() / pairs_count
+            x, target, counts = _uncertain_points(logits[frame, query], targets[frame, mask], known[frame, 0], points)
+            entropy = F.binary_cross_entropy_with_logits(x, target, counts, reduction="sum")
+            terms["bce"] = terms["bce"] + entropy / counts.sum().clamp(min=1)
+            terms["dice"] = terms["dice"] + _dice(x.sigmoid() * counts, target * counts).sum() / pairs_count
     return terms
+
+
+def _enlarge(logits: Tensor, masks: Tensor) -> Tensor:
+    """[P,N,K,h,w] at the size of the masks: [P,N,K,H,W]."""
+    x = F.interpolate(logits.flatten(0, 1), size=masks.shape[1:], mode="bilinear", align_corners=False)
+    return x.unflatten(0, logits.shape[:2])
 
 
 def _dice(probability: Tensor, target: Tensor) -> Tensor:
@@ -108,7 +118,7 @@ def _dice(probability: Tensor, target: Tensor) -> Tensor:
     return 1 - (2 * overlap + 1) / (probability.sum(-1) + target.sum(-1) + 1)
 
 
-def _focal(entropy: Tensor, target: Tensor, alpha: float = 0.25, gamma: int = 2) -> Tensor:
+def _focal(entropy: Tensor, target: Tensor, alpha: float = 0.25, gamma: int = FOCUS) -> Tensor:
     """Sigmoid focal loss from the binary cross entropy -log p_t: alpha_t (1 - p_t)^gamma (-log p_t)."""
     return ((1 - alpha) + (2 * alpha - 1) * target) * (-torch.expm1(-entropy)) ** gamma * entropy
 
@@ -119,21 +129,27 @@ def _targets(masks: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     present = torch.zeros(len(masks), 256, dtype=torch.bool, device=masks.device)
     present.scatter_(1, masks.flatten(1).long(), True)
     rows = [row.nonzero()[:, 0] for row in present[:, first:first + classes].cpu()]
-    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(masks.device)
+    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1) if rows else torch.empty(
+        0, 0, dtype=torch.int64)
+    labels = labels.to(masks.device)
     return labels, (masks[:, None] == torch.where(labels < 0, -1, labels + first)[..., None, None]).float()
 
 
 @torch.no_grad()
-def _match(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, targets: Tensor, points: int) -> Tensor:
+def _match(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, targets: Tensor, points: int,
+           known: Tensor | None = None) -> Tensor:
     """Pairs of least cost for every head: [P,3,R] int64, rows frame, query, mask. The costs leave the device once."""
     grid = 2 * torch.rand(len(targets), 1, points, 2, device=targets.device) - 1
     target = _sample(targets, grid)                                                                     # [N, G, X]
+    counts = torch.ones_like(grid[:, :, :, 0]) if known is None else _sample(known, grid)               # [N, 1, X]
+    number = counts.sum(-1, keepdim=True).clamp(min=1)                                                  # [N, 1, 1]
     costs = []
     for scores, logits in zip(class_logits, mask_logits, strict=True):
         x = _sample(logits, grid)                                                                       # [N, Q, X]
         overlap = x.sigmoid() @ target.transpose(1, 2)                                                  # [N, Q, G]
-        dice = 1 - (2 * overlap + 1) / (x.sigmoid().sum(-1)[..., None] + target.sum(-1)[:, None] + 1)
-        entropy = (F.softplus(x).sum(-1)[..., None] - x @ target.transpose(1, 2)) / points
+        found = (x.sigmoid() * counts).sum(-1)[..., None]
+        dice = 1 - (2 * overlap + 1) / (found + target.sum(-1)[:, None] + 1)
+        entropy = ((F.softplus(x) * counts).sum(-1)[..., None] - x @ target.transpose(1, 2)) / number
         wanted = labels.clamp(min=0)[:, None].expand(-1, scores.shape[1], -1)
         costs.append(5 * dice + 5 * entropy - 2 * scores.softmax(-1).gather(2, wanted))
     costs = torch.stack(costs).cpu()                                                                    # [P, N, Q, G]
@@ -146,16 +162,17 @@ def _match(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, targets: T
     return torch.stack(heads).to(labels.device)
 
 
-def _uncertain_points(logits: Tensor, targets: Tensor, points: int) -> tuple[Tensor, Tensor]:
-    """Logits and targets of R masks at points, three quarters of which are the least certain of `3 points`: [R,X]."""
+def _uncertain_points(logits: Tensor, targets: Tensor, known: Tensor, points: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and targets of R masks at points, and how far each is known, [R,X]. Three quarters are the least certain
+    of `3 points`."""
     n, certain = len(logits), points - 3 * points // 4
     with torch.no_grad():
         grid = 2 * torch.rand(n, 1, 3 * points, 2, device=logits.device) - 1
         nearest = _sample(logits[:, None], grid)[:, 0].abs().topk(points - certain, 1, largest=False).indices
         chosen = grid[:, 0].gather(1, nearest[..., None].expand(-1, -1, 2))
         grid = torch.cat([chosen, 2 * torch.rand(n, certain, 2, device=logits.device) - 1], 1)[:, None]
-        target = _sample(targets[:, None], grid)[:, 0]
-    return _sample(logits[:, None], grid)[:, 0], target
+        target, counts = _sample(torch.stack([targets, known], 1), grid).unbind(1)
+    return _sample(logits[:, None], grid)[:, 0], target, counts
 
 
 def _sample(maps: Tensor, grid: Tensor) -> Tensor:

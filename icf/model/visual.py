@@ -31,7 +31,7 @@ class VisualEncoder(nn.Module):
     def __init__(self, name: str, weights: str = "imagenet", freeze_norm: bool = True):
         super().__init__()
         self.freeze_norm = freeze_norm
-        self.net = _create(name, weights)
+        self.net = keep_finite(_create(name, weights))
         strides = self.net.feature_info.reduction()
         if strides != STRIDES:
             raise ValueError(f"model.visual.name: expected a timm model with maps at strides {STRIDES}, "
@@ -57,6 +57,27 @@ class VisualEncoder(nn.Module):
         x = torch.addcmul(self.shift, frames.to(self.scale.dtype), self.scale)
         maps = self.net(x.contiguous(memory_format=torch.channels_last))
         return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_last else maps
+
+
+def keep_finite(module: nn.Module) -> nn.Module:
+    """In place: no BatchNorm of `module` takes what is not finite into its running statistics, of which one value, an
+    overflow in half precision say, would stay for ever."""
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats:
+            norm.register_forward_pre_hook(_remember)
+            norm.register_forward_hook(_restore)
+    return module
+
+
+def _remember(norm: _BatchNorm, _) -> None:
+    if norm.training:
+        norm.before = torch.stack([norm.running_mean, norm.running_var])
+
+
+def _restore(norm: _BatchNorm, _, __) -> None:
+    if norm.training:
+        for now, before in zip((norm.running_mean, norm.running_var), norm.before, strict=True):
+            now.data.copy_(torch.where(now.isfinite(), now, before))    # of which backward keeps, but does not read, one
 
 
 def _create(name: str, weights: str) -> nn.Module:

@@ -16,3 +16,9 @@ def average(x: Tensor, real: Tensor | None, dim: int = 1) -> Tensor:
         return x.mean(dim, keepdim=True)
     weight = real.to(x.dtype)[(..., *[None] * (x.ndim - 1 - dim % x.ndim))]
     return (x * weight).sum(dim, keepdim=True) / weight.sum(dim, keepdim=True).clamp(min=1)
+
+
+def clip_average(x: Tensor, frame_mask: Tensor | None) -> Tensor:
+    """Mean of x [B,T] over the seconds of each clip, and of these over the clips that have any: 0-dim."""
+    means = average(x, frame_mask)[:, 0]
+    return means.mean() if frame_mask is None else average(means, frame_mask.any(1), 0)[0]

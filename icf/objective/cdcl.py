@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icf.objective.average import average
-from icf.ops import contrast_positives, gw_contrast, gw_text_contrast
+from icf.objective.average import average, clip_average
+from icf.ops import contrast_positives, gaussian_wasserstein, gw_contrast, gw_text_contrast
 
 if TYPE_CHECKING:
     from icf.config import CDCLConfig
@@ -34,8 +34,8 @@ class CDCL(nn.Module):
         self.project = nn.ModuleDict({name: nn.Linear(widths[name], config.dim) for name in used})
 
     def forward(self, visual: Tensor, audio: Tensor, text: Text | None = None, cf: Counterfactuals | None = None,
-                frame_mask: Tensor | None = None,
-                residual: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+                frame_mask: Tensor | None = None, residual: bool = False,
+                negative: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The terms `va`, `al`, `vl` of Eq. 19, and statistics.
 
         Args:
@@ -43,62 +43,117 @@ class CDCL(nn.Module):
             text, cf: the texts of the clips, and what could have been.
             frame_mask: [B,T] bool, real seconds; None: all are.
             residual: also contrast the sound with its part that is orthogonal to what is seen.
+            negative: [B] bool, clips whose sound is not theirs, while their text is. None: all sounds are.
 
-        `alone` is the share of clips that no other repels, `spread` the mean distance of a clip's seconds from their
-        mean, of sight and of sound.
+        Of `al` and `vl`, what Eq. 17 gives is `al_cf`, `vl_cf`, what texts of other clips give `al_batch`, `vl_batch`;
+        `closer_a`, `closer_v` is the share of clips that are closer to their text than to every counterfactual. `alone`
+        is the share of clips that no other repels, `spread` the mean distance of a clip's seconds from their mean, of
+        sight and of sound.
         """
         with torch.autocast(visual.device.type, enabled=False):
             features = {"v": visual, "a": audio, **({} if text is None else {"l": text.z})}
             points = {name: F.normalize(project(features[name].float()), dim=-1)
                       for name, project in self.project.items()}                                # [B, T, d]
+            if self.config.kind == "feature":                                                   # of a pooled text, too
+                points = {name: x.expand(-1, visual.shape[1], -1) for name, x in points.items()}
             positives, ignored, alone = self._positives(len(visual), text, frame_mask, visual.device)
             sets = {name: self._set(x, frame_mask if x.shape[1] == visual.shape[1] else None)
                     for name, x in points.items()}
-            losses = {}
+            real, wrong = None if frame_mask is None else frame_mask.any(1), negative           # [R], the rows of sets
+            if self.config.kind == "feature":
+                real = None if frame_mask is None else frame_mask.flatten()
+                wrong = None if negative is None else negative.repeat_interleave(visual.shape[1])
+            losses, statistics = {}, {"alone": alone}
             for pair in self.config.pairs:
-                x, y = sets[pair[0]], sets[pair[1]]
-                imagined = cf is not None and pair != "va" and self.config.text_negatives != "batch"
-                losses[pair] = (self._against_texts(x, y, cf, visual.shape[1], frame_mask) if imagined else
-                                self._against_clips(x, y, positives, ignored))
-                if imagined and self.config.text_negatives == "both":
-                    losses[pair] = losses[pair] + self._against_clips(x, y, positives, ignored)
+                parts = {}
+                if cf is not None and pair != "va" and self.config.text_negatives != "batch":
+                    own = cf if pair == "vl" or cf.of_sound is None else cf.of_sound
+                    parts["cf"], statistics[f"closer_{pair.strip('l')}"] = self._against_texts(
+                        sets[pair.strip("l")], sets["l"], own, visual.shape[1], frame_mask,
+                        _but(real, wrong if pair == "al" else None))
+                if not parts or self.config.text_negatives == "both":
+                    parts["batch"] = self._against_clips(pair, sets, positives, ignored, real, wrong)
+                losses[pair] = torch.stack([*parts.values()]).sum()
+                if pair != "va":
+                    statistics |= {f"{pair}_{name}": part for name, part in parts.items()}
+            if negative is not None and "va" in losses and "l" in sets:
+                losses["va"] = losses["va"] + self._against_wrong(sets, real, wrong)
             if residual and "va" in losses:
                 losses["va"] = losses["va"] + self._against_residual(points, frame_mask)
-            statistics = {"alone": alone}
             for name in points.keys() & {"v", "a"}:
                 statistics[f"spread_{name}"] = _spread(points[name].detach(), frame_mask)
         return losses, statistics
 
-    def _against_clips(self, x, y, positives, ignored) -> Tensor:
+    def _against_clips(self, pair, sets, positives, ignored, real, wrong) -> Tensor:
         """Eq. 16."""
-        (x, x_mask), (y, y_mask) = x, y
         if self.config.kind == "feature":
-            times = len(x) // (len(positives) // _world(self.group))
+            times = len(sets[pair[0]][0]) // (len(positives) // _world(self.group))
             positives, ignored = (m if m is None else m.repeat_interleave(times, 0).repeat_interleave(times, 1)
                                   for m in (positives, ignored))
-        return gw_contrast(x, y, positives, ignored=ignored, x_mask=x_mask, y_mask=y_mask, group=self.group,
-                           symmetric=self.config.symmetric, **self._options)
+        x, y = (sets[name] for name in pair)
+        real, wrong = _gather(real, self.group), _gather(wrong, self.group)
+        if wrong is None or "a" not in pair:
+            return self._contrast(x, y, positives, ignored, real, real, self.config.symmetric)
+        ways = [(x, y, pair[1]), (y, x, pair[0])][:1 + self.config.symmetric]
+        return torch.stack([                # a sound that is not its clip's repels all others, and belongs to none
+            self._contrast(x, y, positives & ~wrong if name == "a" else positives, ignored, real, _but(real, wrong),
+                           False) for x, y, name in ways]).mean()
 
-    def _against_texts(self, x, z, cf, steps, frame_mask) -> Tensor:
-        """Eq. 17."""
+    def _contrast(self, x, y, positives, ignored, real, anchors, symmetric) -> Tensor:
+        """Eq. 16 for the rows that are `anchors`, among those that are `real`, [R] bool of all processes each."""
+        scale = 1.0
+        if anchors is not None:
+            own = torch.eye(len(positives), dtype=torch.bool, device=positives.device)
+            out = ~anchors[:, None] if real is None else ~(anchors[:, None] & real)
+            positives, ignored = positives & ~out | own, (out if ignored is None else ignored | out) & ~own
+            scale = len(anchors) / anchors.sum().clamp(min=1)       # rows that only have themselves count as zero
+        (x, x_mask), (y, y_mask) = x, y
+        return scale * gw_contrast(x, y, positives, ignored=ignored, x_mask=x_mask, y_mask=y_mask, group=self.group,
+                                   symmetric=symmetric, **self._options)
+
+    def _against_texts(self, x, z, cf, steps, frame_mask, anchors) -> tuple[Tensor, Tensor]:
+        """Eq. 17, and the share of clips that are closer to their text than to all counterfactuals."""
         degree = cf.degree if self.config.weights == "rho" else cf.alpha
         weights = cf.texts.new_ones(cf.texts.shape[:2]) if degree is None else (1 - degree.float()).sqrt()
-        weights = F.normalize(weights, p=1, dim=1) * (1 if self.config.weight_sum == "one" else weights.shape[1])
+        if not self.config.weight_grad:
+            weights = weights.detach()
+        weights = weights if cf.valid is None else weights * cf.valid
+        count = 1 if self.config.weight_sum == "one" else (weights > 0).sum(1, keepdim=True)
+        weights = F.normalize(weights, p=1, dim=1) * count
         texts = F.normalize(self.project["l"](cf.texts.float()), dim=-1)                        # [B, K, T, d]
         (x, x_mask), (z, z_mask) = x, z
-        mask = None if frame_mask is None or texts.shape[2] != steps else frame_mask
+        mask = None if frame_mask is None or texts.shape[2] != steps else frame_mask[:, None].expand(texts.shape[:3])
         if self.config.kind == "prototype":
-            texts, mask = _direction(texts, None if mask is None else mask[:, None]), None
+            texts, mask = _direction(texts, mask), None
         elif self.config.kind == "feature":
-            times = len(x) // len(texts)
-            z = z if len(z) == len(x) else z.repeat_interleave(times, 0)
-            texts = texts.expand(-1, -1, times, -1).transpose(1, 2).flatten(0, 1)[:, :, None]   # [B*T, K, 1, d]
-            weights, mask = weights.repeat_interleave(times, 0), None
-            keep = slice(None) if frame_mask is None else frame_mask.flatten()
-            x, z, texts, weights = x[keep], z[keep], texts[keep], weights[keep]
-            x_mask = z_mask = None
-        return gw_text_contrast(x, z, texts, weights, x_mask=x_mask, z_mask=z_mask, **self._options,
-                                counterfactual_mask=None if mask is None else mask[:, None].expand(texts.shape[:3]))
+            texts = texts.expand(-1, -1, steps, -1).transpose(1, 2).flatten(0, 1)[:, :, None]   # [B*T, K, 1, d]
+            weights, mask = weights.repeat_interleave(steps, 0), None
+        weights = weights if anchors is None else weights * anchors[:, None]
+        masks = {"x_mask": x_mask, "z_mask": z_mask, "counterfactual_mask": mask}
+        loss = self._scale(anchors) * gw_text_contrast(x, z, texts, weights, **masks, **self._options)
+        return loss, self._closer(x, z, texts, weights, **masks)
+
+    @torch.no_grad()
+    def _closer(self, x, z, texts, weights, x_mask, z_mask, counterfactual_mask) -> Tensor:
+        if not texts.shape[1]:
+            return x.new_zeros(())
+        times, spectral = texts.shape[1], self.config.spectral
+        own = gaussian_wasserstein(x, z, x_mask=x_mask, y_mask=z_mask, pairs="zip", spectral=spectral)
+        others = gaussian_wasserstein(
+            x.repeat_interleave(times, 0), texts.flatten(0, 1), pairs="zip", spectral=spectral,
+            x_mask=None if x_mask is None else x_mask.repeat_interleave(times, 0),
+            y_mask=None if counterfactual_mask is None else counterfactual_mask.flatten(0, 1))
+        nearest = others.view(-1, times).masked_fill(weights <= 0, torch.inf).amin(1)
+        asked = (weights > 0).any(1)
+        return ((own < nearest) & asked).sum() / asked.sum().clamp(min=1)
+
+    def _against_wrong(self, sets, real, wrong) -> Tensor:
+        """Of clips whose sound is not theirs, sight is closer to the clip's text than to that sound *(ours)*."""
+        (seen, mask), (z, z_mask), (heard, _) = (sets[name] for name in "vla")
+        weights = (wrong if real is None else wrong & real).to(seen.dtype)[:, None]
+        return self._scale(real) * gw_text_contrast(
+            seen, z, heard[:, None], weights, x_mask=mask, z_mask=z_mask,
+            counterfactual_mask=None if mask is None else mask[:, None], **self._options)
 
     def _against_residual(self, points, frame_mask) -> Tensor:
         seen, heard = points["v"], points["a"]
@@ -114,6 +169,14 @@ class CDCL(nn.Module):
         if self.config.kind == "feature":
             return x.flatten(0, 1)[:, None], None if frame_mask is None else frame_mask.view(-1, 1)
         return x, frame_mask
+
+    def _scale(self, anchors: Tensor | None) -> Tensor | float:
+        """What makes a mean over rows, of which those that are not `anchors` are 0, one over the anchors of all
+        processes."""
+        if anchors is None:
+            return 1.0
+        anchors = _gather(anchors, self.group)
+        return len(anchors) / anchors.sum().clamp(min=1)
 
     def _positives(self, clips, text, frame_mask, device) -> tuple[Tensor, Tensor | None, Tensor]:
         """Which of all processes' clips count as one another's own sound, which are left out, how many are alone."""
@@ -168,17 +231,26 @@ def _direction(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _spread(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean distance of the seconds of x [B,T,d] from their mean."""
-    return average((x - average(x, mask)).norm(dim=-1), mask).mean()
+    return clip_average((x - average(x, mask)).norm(dim=-1), mask)
+
+
+def _but(rows: Tensor | None, out: Tensor | None) -> Tensor | None:
+    """[R] bool, the rows (None: all) that are not `out`; None where those are all."""
+    if out is None:
+        return rows
+    return ~out if rows is None else rows & ~out
 
 
 def _world(group) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def _gather(x: Tensor, group) -> Tensor:
+def _gather(x: Tensor | None, group) -> Tensor | None:
     """Rows of all processes, in their order; constant."""
-    if group is None:
+    if group is None or x is None:
         return x
+    if x.dtype == torch.bool:
+        return _gather(x.to(torch.uint8), group).bool()
     parts = [torch.empty_like(x) for _ in range(_world(group))]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts)

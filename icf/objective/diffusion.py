@@ -8,7 +8,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Diffusion(nn.Module):
+class Noise(nn.Module):
+    """Noise added by the schedule of diffusers' DDIM.
+
+    Args:
+        steps, beta: of the schedule; `scaled_linear` is that of latent diffusion.
+    """
+
+    def __init__(self, steps: int = 1000, beta: str = "scaled_linear"):
+        super().__init__()
+        try:
+            from diffusers import DDIMScheduler
+        except ImportError as error:
+            raise ValueError(f"sc.generator: diffusion and feature need the package diffusers ({error}); pip install "
+                             "diffusers") from error
+        low, high = (0.00085, 0.012) if beta == "scaled_linear" else (1e-4, 0.02)
+        self.schedule = DDIMScheduler(steps, low, high, beta_schedule=beta, clip_sample=False, set_alpha_to_one=True)
+
+    def add_noise(self, x: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """Eq. 6 in one jump: x, noise [B,..,D] at t, an integer or [B]."""
+        if isinstance(t, int):
+            t = torch.full((len(x),), t, device=x.device)
+        return self.schedule.add_noise(x, noise, t)
+
+
+class Diffusion(Noise):
     """Noise added and taken away by one schedule, and the network that predicts it.
 
     Args:
@@ -16,31 +40,18 @@ class Diffusion(nn.Module):
         condition_dim: width of what is seen; None denoises without.
         start: diffusion steps, of `steps`, that a latent is noised by before it is denoised again.
         ddim_steps: in which it is denoised.
-        steps, beta: of diffusers' schedule; `scaled_linear` is that of latent diffusion.
+        steps, beta: of `Noise`.
         width, layers, heads: of the denoiser.
     """
 
     def __init__(self, dim: int, condition_dim: int | None, start: int, ddim_steps: int, steps: int = 1000,
                  beta: str = "scaled_linear", width: int = 256, layers: int = 4, heads: int = 4):
-        super().__init__()
-        try:
-            from diffusers import DDIMScheduler
-        except ImportError as error:
-            raise ValueError(f"sc.generator=diffusion needs the package diffusers ({error}); pip install diffusers"
-                             ) from error
-        low, high = (0.00085, 0.012) if beta == "scaled_linear" else (1e-4, 0.02)
+        super().__init__(steps, beta)
         self.start, stride = start, start // ddim_steps
-        self.schedule = DDIMScheduler(steps, low, high, beta_schedule=beta, clip_sample=False, set_alpha_to_one=True)
         self.schedule.set_timesteps(steps // stride)                        # so that a step of it is one stride
         self.timesteps = range(start - 1, -1, -stride)
         self.register_buffer("alphas", self.schedule.alphas_cumprod.clone(), persistent=False)
         self.denoiser = Denoiser(dim, condition_dim, width, layers, heads)
-
-    def add_noise(self, x: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
-        """Eq. 6 in one jump: x, noise [B,..,D] at t, an integer or [B]."""
-        if isinstance(t, int):
-            t = torch.full((len(x),), t, device=x.device)
-        return self.schedule.add_noise(x, noise, t)
 
     def predict(self, x: Tensor, t: Tensor | int, condition: Tensor | None, frame_mask: Tensor | None) -> Tensor:
         """Noise in x [B,M,T,D] at t, an integer or [B]. condition: [B,T,C]; frame_mask: [B,T]."""
@@ -89,6 +100,8 @@ class Denoiser(nn.Module):
         context = F.silu(context)[:, None]                                                      # [B, 1, 1 or T, W]
         place = _sinusoid(torch.arange(x.shape[2], device=x.device), self.width)
         x = self.enter(x) + place
+        if frame_mask is not None:                          # a clip without any second sees its padding
+            frame_mask = frame_mask | ~frame_mask.any(1, keepdim=True)
         seen = None if frame_mask is None else frame_mask.repeat_interleave(x.shape[1], 0)[:, None, None]
         for layer in self.layers:
             x = layer(x, context, seen)

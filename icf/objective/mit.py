@@ -30,6 +30,8 @@ class Text(NamedTuple):
         index: [B,T] int64, which of the audio texts that is.
         choices: [k,D] all of them.
         losses: terms of the texts themselves, weighted; empty by default.
+        left_out: 0-dim, how many features of all steps so far were not finite, and entered no running mean; None where
+            there are none.
     """
 
     z: Tensor
@@ -38,6 +40,7 @@ class Text(NamedTuple):
     index: Tensor
     choices: Tensor
     losses: dict[str, Tensor]
+    left_out: Tensor | None = None
 
 
 class MIT(nn.Module):
@@ -67,6 +70,7 @@ class MIT(nn.Module):
         for level in (*self.levels, "audio"):
             self.register_buffer(f"texts_{level}", torch.zeros(config.texts, dim))
             self.register_buffer(f"usual_{level}", torch.zeros(2, config.texts))
+        self.register_buffer("left_out", torch.zeros(()), persistent=False)
         self.register_state_dict_post_hook(_without_towers)
         self.register_load_state_dict_post_hook(_towers_are_not_missed)
         self.hear = nn.Sequential(nn.LayerNorm(audio_dim), nn.Linear(audio_dim, dim))
@@ -95,16 +99,25 @@ class MIT(nn.Module):
         z = self.composite(visual, audio_text)
         if self.config.z_mode == "pooled":
             z = average(z, frame_mask)
-        return Text(z, visual, audio_text, index, texts["audio"], self._losses(texts, {**features, "audio": heard}))
+        losses = self._losses(texts, {**features, "audio": heard}, [*real, frame_mask])
+        return Text(z, visual, audio_text, index, texts["audio"], losses, self.left_out.clone())
 
-    def hearing(self, audio: Tensor) -> Tensor:
-        """The audio text of sounds [..,T,audio_dim] outside the batch: [..,T,D]."""
-        return self._match(F.normalize(self.hear(audio), dim=-1), self.kept["audio"], "audio")[0]
+    def hearing(self, audio: Tensor, choices: Tensor) -> Tensor:
+        """The audio text of sounds [..,T,audio_dim] outside the batch among `choices` [k,D]: [..,T,D]. What is usual is
+        learned from the batch alone."""
+        return self._match(F.normalize(self.hear(audio), dim=-1), choices, "audio", follow=False)[0]
 
     def composite(self, visual: Tensor, audio: Tensor) -> Tensor:
         """Eq. 5: gated visual and audio text [..,D] to one text [..,D]."""
-        gated = [torch.sigmoid(gate(x)) * x for gate, x in ((self.visual_gate, visual), (self.audio_gate, audio))]
-        return self.compose(torch.cat(gated, -1))
+        return self.compose(torch.cat(self._gated(visual, audio), -1))
+
+    def parts(self, visual: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """What the visual and the audio text give to `composite`, which is their sum and a bias: [..,D] each."""
+        visual, audio = self._gated(visual, audio)
+        return tuple(F.linear(x, w) for x, w in zip((visual, audio), self.compose.weight.chunk(2, 1), strict=True))
+
+    def _gated(self, visual: Tensor, audio: Tensor) -> list[Tensor]:
+        return [torch.sigmoid(gate(x)) * x for gate, x in ((self.visual_gate, visual), (self.audio_gate, audio))]
 
     def texts(self) -> dict[str, Tensor]:
         """The texts of each level and of sound, unit vectors [k,D]."""
@@ -114,7 +127,7 @@ class MIT(nn.Module):
                  for level, slots in self.slots.items()}
         with torch.no_grad():
             for level, text in texts.items():
-                self.kept[level].copy_(text)
+                self.kept[level].copy_(torch.where(text.isfinite().all(), text, self.kept[level]))
         return texts
 
     def cost(self) -> str:
@@ -134,25 +147,33 @@ class MIT(nn.Module):
                 f"{1e3 * min(times):.0f} ms with gradient")
 
     @property
+    def tau(self) -> float:
+        """Temperature of the straight-through gradient, in what similarities are measured by."""
+        default = 1.0 if self.config.standardise else 0.07
+        return default if self.config.match_tau is None else self.config.match_tau
+
+    @property
     def kept(self) -> dict[str, Tensor]:
         """The texts of the last training step."""
         return {level: getattr(self, f"texts_{level}") for level in (*self.levels, "audio")}
 
-    def _match(self, features: Tensor, texts: Tensor, level: str, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Best match of features [B,N,D] among texts [k,D], Eq. 3: [B,N,D] and which, [B,N]; real: [B or 1,N]."""
+    def _match(self, features: Tensor, texts: Tensor, level: str, real: Tensor | None = None,
+               follow: bool = True) -> tuple[Tensor, Tensor]:
+        """Best match of features [B,N,D] among texts [k,D], Eq. 3: [B,N,D] and which, [B,N]; real: [B or 1,N]; follow:
+        in training, learn from them what is usual."""
         similarity = features @ texts.T                                                         # [B, N, k]
         if self.config.standardise:
             usual = getattr(self, f"usual_{level}")
-            if self.training:
-                _follow(usual, similarity.detach().float(), real)
+            if self.training and follow:
+                self.left_out += _follow(usual, similarity.detach().float(), real)
             mean, square = usual
-            similarity = (similarity - mean) * (square - mean.square()).clamp(min=1e-8).rsqrt() * self.config.match_tau
+            similarity = (similarity - mean) * (square - mean.square()).clamp(min=1e-8).rsqrt()
         index = similarity.argmax(-1)
         if self.config.match == "mean":
             return texts.mean(0).expand_as(features), index
         weight = (index[..., None] == torch.arange(len(texts), device=index.device)).to(texts.dtype)
         if self.config.match == "st_top1":
-            soft = (similarity / self.config.match_tau).softmax(-1)
+            soft = (similarity / self.tau).softmax(-1)
             weight = weight + soft - soft.detach()
         return weight @ texts, index
 
@@ -167,10 +188,16 @@ class MIT(nn.Module):
         member = member | ~member.any(-1, keepdim=True)                                         # padded seconds
         return scores[:, None].masked_fill(~member, -torch.inf).softmax(-1) @ texts
 
-    def _losses(self, texts: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _losses(self, texts: Mapping[str, Tensor], features: Mapping[str, Tensor],
+                real: list[Tensor | None]) -> dict[str, Tensor]:
+        """real: [B or 1,N] of each level and of sound; None where all are."""
         losses = {}
         if self.config.inversion_weight:
-            similarity = [(features[level] @ text.T).mean() for level, text in texts.items()]
+            similarity = []
+            for level, r in zip((*self.levels, "audio"), real, strict=True):
+                mean = (features[level] @ texts[level].T).mean(-1)                              # [B, N]
+                weight = torch.ones_like(mean) if r is None else r.expand_as(mean).to(mean.dtype)
+                similarity.append((mean * weight).sum() / weight.sum().clamp(min=1))
             losses["inversion"] = -self.config.inversion_weight * torch.stack(similarity).mean()
         if self.config.diversity_weight:
             cosine = torch.stack([text @ text.T for text in texts.values()])                    # [levels, k, k]
@@ -190,15 +217,18 @@ def _towers_are_not_missed(module: MIT, keys) -> None:
 
 
 @torch.no_grad()
-def _follow(usual: Tensor, x: Tensor, real: Tensor | None) -> None:
+def _follow(usual: Tensor, x: Tensor, real: Tensor | None) -> Tensor:
     """Move running means [2,k], of x [B,N,k] and of its square, towards those of a batch, the clips of all processes
-    together; the first is taken as is."""
-    weight = torch.ones_like(x[..., :1]) if real is None else real[..., None].expand(len(x), -1, 1).to(x.dtype)
+    together; the first is taken as is. What is not finite is left out; returns how many of the B N are."""
+    finite = x.isfinite().all(-1, keepdim=True)                                                 # [B, N, 1]
+    real = torch.ones_like(finite) if real is None else real[..., None].expand(len(x), -1, 1)
+    weight, x = (real & finite).to(x.dtype), x.where(finite, 0)
     sums = torch.stack([(y * weight).sum((0, 1)) for y in (x, x.square(), torch.ones_like(x))])  # [3, k]
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
-    now = sums[:2] / sums[2]
+    now = torch.where(sums[2] > 0, sums[:2] / sums[2].clamp(min=1), usual)
     usual.lerp_(now, torch.where(usual.any(), MOMENTUM, 1.0))
+    return (real & ~finite).sum()
 
 
 def _slots(tower: nn.Module, config: MITConfig) -> nn.Parameter:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from icf.config import MITConfig, ObjectiveConfig
 from icf.context import LevelFeatures
+from icf.objective.average import average
 from icf.objective.cdcl import CDCL, pool
 from icf.objective.mit import MIT, Text
-from icf.objective.sc import GENERATORS, SC, Counterfactuals
+from icf.objective.sc import GENERATORS, SC, Counterfactuals, govern
 
 LEVELS = ("video", "segment", "frame")
+SAME = 1e-3         # relative distance below which two texts are one
 
 
 class Reading(NamedTuple):
@@ -68,9 +70,10 @@ class ICFObjective(nn.Module):
     def forward(self, visual: Tensor | Sequence[Tensor], audio: Tensor, frame_mask: Tensor | None = None,
                 visual_mask: Tensor | None = None, *, maps: Sequence[Tensor] | None = None,
                 sound: Tensor | None = None, replaced_sound: Tensor | None = None,
-                captions: Sequence[Sequence[str]] | None = None) -> dict[str, Tensor]:
+                captions: Sequence[Sequence[str]] | None = None,
+                negative: Tensor | None = None) -> dict[str, Tensor]:
         """The terms of the objective by name, each 0-dim: `total`, weighted, to be added to the model's loss; `cf`,
-        `va`, `al`, `vl` and the parts of `cf`, as they are; statistics.
+        `va`, `al`, `vl` and their parts, as they are; statistics.
 
         Args:
             visual: features of B clips of T seconds after interaction, [B,T,C,H,W], or several maps, the finest first.
@@ -80,6 +83,7 @@ class ICFObjective(nn.Module):
             maps, sound: [B,T,..] features before interaction, to which text is matched; by default `visual`, `audio`.
             replaced_sound: [B,T,..] as `sound`, of what could sound instead, for `sc.generator=audio_replacement`.
             captions: revised captions of each clip, equally many, for `sc.generator=text_revision`.
+            negative: [B] bool, clips whose `audio` is not theirs; their `sound` is, so that texts are true.
 
         Raises:
             ValueError: features whose shapes do not go together.
@@ -88,7 +92,7 @@ class ICFObjective(nn.Module):
         _check(visual, audio, frame_mask)
         reading = self.read(maps or visual, audio if sound is None else sound, frame_mask)
         cf = self.imagine(reading, frame_mask, replaced_sound, captions)
-        return self.contrast(visual[0], audio, reading, cf, frame_mask, visual_mask)
+        return self.contrast(visual[0], audio, reading, cf, frame_mask, negative, visual_mask)
 
     def read(self, maps: Sequence[Tensor], sound: Tensor, frame_mask: Tensor | None = None) -> Reading | None:
         """MIT. maps: [B,T,C,h,w] each; sound: [B,T,D]. None where it is switched off."""
@@ -106,16 +110,32 @@ class ICFObjective(nn.Module):
             return None
         if self.sc is not None:
             wanted = self.cdcl is not None and bool({"al", "vl"} & {*self.config.cdcl.pairs})
-            return self.sc(reading.text.z, reading.seen, frame_mask, wanted=wanted)
-        texts = {"pair_swap": self._swapped, "audio_replacement": self._resounded, "text_revision": self._revised}[
-            config.generator](reading.text, replaced_sound, captions)
-        return Counterfactuals(texts, None, None, {}, {})
+            if config.part == "all":
+                return self.sc(reading.text.z, reading.seen, frame_mask, wanted=wanted)
+            return self._imagine_parts(reading, frame_mask, wanted)
+        if config.generator == "text_revision":
+            return self._chosen(reading.text, self._revised(reading.text, captions), frame_mask)
+        if config.generator == "audio_replacement":
+            return self._chosen(reading.text, self._resounded(reading.text, frame_mask, replaced_sound), frame_mask, 1)
+        return self._chosen(reading.text, self._swapped(reading.text, frame_mask), frame_mask, config.keep)
+
+    def _imagine_parts(self, reading: Reading, frame_mask: Tensor | None, wanted: bool) -> Counterfactuals:
+        """For sight, the audio part of the text is rotated, for sound the visual part, so that each has to know of the
+        other *(ours)*."""
+        text = reading.text
+        visual, audio = self.mit.parts(text.visual, text.audio)
+        if text.z.shape[1] == 1:
+            visual, audio = average(visual, frame_mask), average(audio, frame_mask)
+        parts, twice = torch.cat([audio, visual]), (2, 1, 1)
+        cf = self.sc(parts, reading.seen.repeat(twice), None if frame_mask is None else frame_mask.repeat(2, 1),
+                     rest=text.z.repeat(twice) - parts, wanted=wanted)
+        return cf.of_halves() if wanted else cf
 
     def contrast(self, visual: Tensor | None, audio: Tensor | None, reading: Reading | None,
-                 cf: Counterfactuals | None, frame_mask: Tensor | None = None,
+                 cf: Counterfactuals | None, frame_mask: Tensor | None = None, negative: Tensor | None = None,
                  visual_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """CDCL, and the sum of Eq. 19. visual: [B,T,C,H,W]; audio: [B,T,D]; visual_mask: [B,T,1,h,w]; the features are
-        None where CDCL is switched off."""
+        """CDCL, and the sum of Eq. 19. visual: [B,T,C,H,W]; audio: [B,T,D]; negative: [B]; visual_mask: [B,T,1,h,w];
+        the features are None where CDCL is switched off."""
         config, text = self.config, None if reading is None else reading.text
         terms, statistics = dict(cf.losses) if cf else {}, dict(cf.statistics) if cf else {}
         weighted = [config.cf_weight * terms["cf"]] if terms else []
@@ -123,27 +143,32 @@ class ICFObjective(nn.Module):
             mask = visual_mask.flatten(0, 1) if visual_mask is not None and config.cdcl.visual_pool == "mask" else None
             seen = pool(visual.flatten(0, 1), mask).unflatten(0, audio.shape[:2])               # [B, T, C]
             residual = config.sc.enabled and config.sc.generator == "residual"
-            losses, more = self.cdcl(seen, audio, text, cf, frame_mask, residual)
+            losses, more = self.cdcl(seen, audio, text, cf, frame_mask, residual, negative)
             weighted += [config.cdcl_weight * getattr(config, pair) * loss for pair, loss in losses.items()]
             terms, statistics = {**terms, **losses}, {**statistics, **more}
         if text is not None:
             weighted += text.losses.values()
             terms |= text.losses
+            if text.left_out is not None:
+                statistics["left_out"] = text.left_out
         total = torch.stack(weighted).sum() if weighted else text.z.new_zeros(())
         return {"total": total, **terms, **statistics}
 
-    def _swapped(self, text: Text, *_) -> Tensor:
-        """Texts in which the sound, or else the sight, is that of another clip of the batch: [B,K,T,D]."""
-        others = range(1, min(self.config.sc.keep, len(text.z) - 1) + 1)
-        swapped = [self.mit.composite(text.visual, text.audio.roll(k, 0)) if k % 2 else
-                   self.mit.composite(text.visual.roll(k, 0), text.audio) for k in others]
-        return torch.stack(swapped, 1) if swapped else text.z[:, None, :][:, :0]
+    def _swapped(self, text: Text, frame_mask: Tensor | None) -> Tensor:
+        """Texts in which the sound, or else the sight, is that of another clip of the batch: [B,B-1,T,D]."""
+        heard, seen = others(text.audio, frame_mask), others(text.visual, frame_mask)
+        turn = (torch.arange(heard.shape[1], device=heard.device) % 2 == 0)[:, None, None]
+        own = text.visual[:, None], text.audio[:, None]
+        return self.mit.composite(torch.where(turn, own[0], seen), torch.where(turn, heard, own[1]))
 
-    def _resounded(self, text: Text, replaced_sound: Tensor | None, _) -> Tensor:
-        heard = text.audio.roll(1, 0) if replaced_sound is None else self.mit.hearing(replaced_sound)
-        return self.mit.composite(text.visual, heard)[:, None]
+    def _resounded(self, text: Text, frame_mask: Tensor | None, replaced_sound: Tensor | None) -> Tensor:
+        """Texts with other sounds: those that could sound instead, [B,1,T,D], or those of other clips, [B,B-1,T,D]."""
+        heard = others(text.audio, frame_mask) if replaced_sound is None else self.mit.hearing(
+            replaced_sound, text.choices)[:, None]
+        return self.mit.composite(text.visual[:, None].expand_as(heard), heard)
 
-    def _revised(self, text: Text, _, captions: Sequence[Sequence[str]] | None) -> Tensor:
+    def _revised(self, text: Text, captions: Sequence[Sequence[str]] | None) -> Tensor:
+        """Texts of revised captions in place of what is seen: [B,K,T,D]."""
         if captions is None or len(captions) != len(text.z) or len({len(c) for c in captions}) != 1:
             raise ValueError("captions: expected equally many revised captions of each clip for text_revision, got "
                              f"{captions if captions is None else [len(c) for c in captions]}")
@@ -153,6 +178,28 @@ class ICFObjective(nn.Module):
         said = torch.stack([torch.stack([self._captions[c] for c in clip]) for clip in captions])   # [B, K, D]
         shape = -1, -1, text.audio.shape[1], -1
         return self.mit.composite(said[:, :, None].expand(shape), text.audio[:, None].expand(-1, said.shape[1], -1, -1))
+
+    def _chosen(self, text: Text, texts: Tensor, frame_mask: Tensor | None, keep: int | None = None) -> Counterfactuals:
+        """Of texts [B,K,T,D], the first that say something else than the clip's own, `keep` of them or all."""
+        if text.z.shape[1] == 1:
+            texts = average(texts, None if frame_mask is None else frame_mask[:, None], 2)
+        own = text.z.detach()[:, None]
+        differs = (texts.detach() - own).norm(dim=-1) > SAME * own.norm(dim=-1)                 # [B, K, T]
+        if frame_mask is not None and differs.shape[2] == frame_mask.shape[1]:
+            differs = differs & frame_mask[:, None]
+        same, order = (~differs.any(-1)).to(torch.uint8).sort(dim=1, stable=True)
+        same, order = same[:, :keep], order[:, :keep]
+        texts = texts.gather(1, order[..., None, None].expand(-1, -1, *texts.shape[2:]))
+        return Counterfactuals(govern(texts, self.config.sc.grad), None, None, {}, {}, same == 0)
+
+
+def others(x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    """What x [B,T,D] says of the other clips, [B,B-1,T,D]. Where another one is shorter, its seconds are repeated."""
+    clips, second = torch.arange(len(x), device=x.device), torch.arange(x.shape[1], device=x.device)
+    if frame_mask is not None:
+        second = second % frame_mask.sum(1, keepdim=True).clamp(min=1)                          # [B, T]
+        x = x[clips[:, None], second]
+    return x[(clips[:, None] - clips[1:]) % len(x)]
 
 
 def build_towers(config: MITConfig) -> dict[str, nn.Module]:

@@ -1,14 +1,15 @@
 """Semantic counterfactuals, Eq. 6-12: texts rotated away from what is said, in the latent space of a diffusion."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icf.objective.average import average
-from icf.objective.diffusion import Diffusion
+from icf.objective.average import average, clip_average
+from icf.objective.diffusion import Diffusion, Noise
 from icf.ops import orthogonal_blend
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ class Counterfactuals(NamedTuple):
         degree: [B,K], how far each was rotated, in [0,1]; None where that is not known.
         alpha: [B,K], the control value alone; None likewise.
         losses: `cf`, Eq. 11, and its parts; empty for generators without parameters.
-        statistics: mean `degree`, and mean `cosine` of the kept texts with the factual one.
+        statistics: mean `degree` of all candidates, `degree_kept` of those kept, and mean `cosine` of these with the
+            factual text.
+        valid: [B,K] bool, those that say something else than their text; None: all do.
+        of_sound: what sound is contrasted with, where that is not what sight is contrasted with.
     """
 
     texts: Tensor | None
@@ -35,6 +39,14 @@ class Counterfactuals(NamedTuple):
     alpha: Tensor | None
     losses: dict[str, Tensor]
     statistics: dict[str, Tensor]
+    valid: Tensor | None = None
+    of_sound: Counterfactuals | None = None
+
+    def of_halves(self) -> Counterfactuals:
+        """Of a batch whose second half is for the sound of the first."""
+        halves = zip(*(x.chunk(2) for x in (self.texts, self.degree, self.alpha)), strict=True)
+        sight, sound = (Counterfactuals(*half, self.losses, self.statistics) for half in halves)
+        return sight._replace(of_sound=sound)
 
 
 class SC(nn.Module):
@@ -58,6 +70,8 @@ class SC(nn.Module):
             self.diffusion = Diffusion(latent, condition_dim if config.condition else None, config.start,
                                        config.ddim_steps, config.steps, config.beta, config.width, config.layers,
                                        config.heads)
+        if self.generator == "feature":
+            self.noise = Noise(config.steps, config.beta)
         if self.generator == "vqvae":
             self.codes = nn.Parameter(torch.randn(GROUPS, CODES, latent // GROUPS))
 
@@ -66,7 +80,7 @@ class SC(nn.Module):
         """The latent is the text itself."""
         return self.generator in ("feature", "dropout") or self.config.latent == "identity"
 
-    def forward(self, z: Tensor, seen: Tensor, frame_mask: Tensor | None = None, *,
+    def forward(self, z: Tensor, seen: Tensor, frame_mask: Tensor | None = None, *, rest: Tensor | None = None,
                 wanted: bool = True) -> Counterfactuals:
         """Counterfactuals of each text, and the loss of their generator.
 
@@ -74,44 +88,47 @@ class SC(nn.Module):
             z: [B,T,D], or [B,1,D], pooled over time.
             seen: [B,T,C], what is seen in each second; constant here.
             frame_mask: [B,T] bool, real seconds; None: all are.
+            rest: as z, what is added to counterfactuals where z is but a part of the text.
             wanted: False leaves out the texts, for a run in which they would not be used.
         """
         z = z.float().detach() if self.config.detach_z else z.float()
         if z.shape[1] != seen.shape[1]:
-            seen, frame_mask = average(seen.float(), frame_mask), None
-        if self.generator == "dropout":
-            kept = torch.rand(len(z), self.config.candidates, *z.shape[1:], device=z.device) < 0.5
-            return self._keep(z[:, None] * kept, z, None, None, frame_mask, {}, {})
-        make = {"diffusion": self._diffuse, "feature": self._rotate, "vqvae": self._quantise}[self.generator]
-        return make(z, seen.detach().float() if self.config.condition else None, frame_mask, wanted)
+            seen = average(seen.float(), frame_mask)
+            frame_mask = None if frame_mask is None else frame_mask.any(1, keepdim=True)
+        seen = seen.detach().float() if self.config.condition else None
+        make = {"diffusion": self._diffuse, "feature": self._rotate, "vqvae": self._quantise, "dropout": self._drop}
+        losses, rho, alpha, candidates = make[self.generator](z, seen, frame_mask)
+        statistics = {} if rho is None else {"degree": clip_average(rho.detach().mean((1, 3)), frame_mask)}
+        if not wanted:
+            return Counterfactuals(None, None, None, losses, statistics)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.grad != "none"):
+            change = candidates()                                                               # [B, M, T, D]
+        z = z if rest is None else z + (rest.float().detach() if self.config.detach_z else rest.float())
+        return self._keep(z[:, None] + govern(change, self.config.grad), z, rho, alpha, frame_mask, losses, statistics)
 
-    def _diffuse(self, z, seen, frame_mask, wanted) -> Counterfactuals:
+    def _diffuse(self, z, seen, frame_mask) -> tuple:
         config, diffusion = self.config, self.diffusion
         clean = self._encode(z)                                                                 # [B, T, L]
         source = clean.detach() if config.detach_z else clean
         noise = torch.randn_like(source)                # one for all candidates: noise added is the noise removed
         noised = diffusion.add_noise(source, noise, config.start - 1)
-        rho, alpha = self.degree(noised, frame_mask)                                            # [B, M, T, blocks]
+        rho, alpha = self.degree(noised, frame_mask)                                                # [B, M, T, blocks]
         # The degree is constant here, or it would shrink until nothing is rotated, which is easiest to denoise.
         losses = self._diffusion_losses(source, rho[:, :1].detach(), seen, frame_mask)
         losses |= self._degree_loss(noised, rho, frame_mask, losses.pop("target", 0))
         if config.latent == "linear":
-            losses["rec"] = average(1 - F.cosine_similarity(self._decode(clean, z), z, -1), frame_mask).mean()
+            losses["rec"] = clip_average(1 - F.cosine_similarity(self._decode(clean, z), z, -1), frame_mask)
         losses["cf"] = losses["eps"] + config.lambda_ortho * losses["ortho"] + losses.get("rec", 0)
-        if not wanted:
-            return Counterfactuals(None, None, None, losses, {"degree": rho.mean().detach()})
-        if config.rotate == "clean":
-            rotated = rotate(source, rho)
-            rotated = diffusion.add_noise(rotated, noise[:, None].expand_as(rotated), config.start - 1)
-        else:
-            rotated = rotate(noised, rho)                                                       # [B, M, T, L]
-        if config.symmetric:                            # one more candidate, which is not rotated
-            same = noised[:, None]
-            texts = self._decode(diffusion.denoise(torch.cat([same, rotated], 1), seen, frame_mask, config.grad), z)
-            texts = z[:, None] + texts[:, 1:] - texts[:, :1]
-        else:
-            texts = self._decode(diffusion.denoise(rotated, seen, frame_mask, config.grad), z)
-        return self._keep(texts, z, rho, alpha, frame_mask, losses, {"degree": rho.mean().detach()})
+        steps = "last_step" if config.grad == "reversed" else config.grad
+
+        def candidates() -> Tensor:
+            if config.rotate == "clean":
+                rotated = rotate(source, rho)
+                rotated = diffusion.add_noise(rotated, noise[:, None].expand_as(rotated), config.start - 1)
+            else:
+                rotated = rotate(noised, rho)
+            return self._change(noised, rotated, z, lambda x: diffusion.denoise(x, seen, frame_mask, steps))
+        return losses, rho, alpha, candidates
 
     def _diffusion_losses(self, clean, rho, seen, frame_mask) -> dict[str, Tensor]:
         """Of the denoiser, at a random step: the noise it finds in the clean and the rotated text, and, as the target
@@ -125,11 +142,11 @@ class SC(nn.Module):
         found = diffusion.predict(rows, t, seen, frame_mask)
         error = (found - noise[:, None]).square().mean(-1)                                      # [B, 2, T]
         error = error.mean(1) if config.predict == "mixed" else error[:, 1]
-        losses = {"eps": average(error, frame_mask).mean()}
+        losses = {"eps": clip_average(error, frame_mask)}
         if config.ortho == "target":
             cosine = F.cosine_similarity(*diffusion.clean(rows, found, t).unbind(1), dim=-1)    # [B, T]
             built = F.cosine_similarity(noised, rotated, -1)[:, 0].detach()
-            losses["target"] = average((cosine - built).square(), frame_mask).mean()
+            losses["target"] = clip_average((cosine - built).square(), frame_mask)
         return losses
 
     def _degree_loss(self, latent, rho, frame_mask, target) -> dict[str, Tensor]:
@@ -140,26 +157,49 @@ class SC(nn.Module):
         cosine = _built_cosine(latent, rho)                                                     # [B, M, T]
         if config.ortho == "paper":
             error = 2 - 2 * cosine + config.lambda_z * cosine.square()
-            return {"ortho": average(error.mean(1), frame_mask).mean()}
-        excess = average(cosine.mean(1), frame_mask).mean() - (1 - config.min_degree) ** 0.5
+            return {"ortho": clip_average(error.mean(1), frame_mask)}
+        least = config.min_degree * sum(config.alpha) / 2
+        excess = clip_average(cosine.mean(1), frame_mask) - (1 - least) ** 0.5
         return {"ortho": target + config.lambda_z * excess.relu().square()}
 
-    def _rotate(self, z, seen, frame_mask, wanted) -> Counterfactuals:
-        rho, alpha = self.degree(z, frame_mask)
-        losses = self._degree_loss(z, rho, frame_mask, 0)
-        losses["cf"] = self.config.lambda_ortho * losses["ortho"]
-        return self._keep(rotate(z, rho), z, rho, alpha, frame_mask, losses, {"degree": rho.mean().detach()})
+    def _rotate(self, z, seen, frame_mask) -> tuple:
+        """As diffusion does it, in the space of the texts and without taking the noise away."""
+        config, clean = self.config, self._encode(z)
+        noise = torch.randn_like(clean)
+        noised = self.noise.add_noise(clean, noise, config.start - 1)
+        rho, alpha = self.degree(noised.detach(), frame_mask)
+        losses = self._degree_loss(noised.detach(), rho, frame_mask, 0)
+        losses["cf"] = config.lambda_ortho * losses["ortho"]
 
-    def _quantise(self, z, seen, frame_mask, wanted) -> Counterfactuals:
+        def candidates() -> Tensor:
+            if config.rotate == "clean":
+                rotated = rotate(clean, rho)
+                rotated = self.noise.add_noise(rotated, noise[:, None].expand_as(rotated), config.start - 1)
+            else:
+                rotated = rotate(noised, rho)
+            return self._change(noised, rotated, z, lambda x: x)
+        return losses, rho, alpha, candidates
+
+    def _quantise(self, z, seen, frame_mask) -> tuple:
         clean = self._encode(z)
         rho, alpha = self.degree(clean.detach(), frame_mask)
         quantised, error = self._nearest(clean)
         losses = self._degree_loss(clean.detach(), rho, frame_mask, 0)
-        losses["vq"] = average(error, frame_mask).mean()
-        losses["rec"] = average(1 - F.cosine_similarity(self._decode(quantised, z), z, -1), frame_mask).mean()
+        losses["vq"] = clip_average(error, frame_mask)
+        losses["rec"] = clip_average(1 - F.cosine_similarity(self._decode(quantised, z), z, -1), frame_mask)
         losses["cf"] = losses["vq"] + losses["rec"] + self.config.lambda_ortho * losses["ortho"]
-        texts = self._decode(self._nearest(rotate(clean, rho))[0], z)
-        return self._keep(texts, z, rho, alpha, frame_mask, losses, {"degree": rho.mean().detach()})
+        return losses, rho, alpha, lambda: self._change(clean, rotate(clean, rho), z, lambda x: self._nearest(x)[0])
+
+    def _drop(self, z, seen, frame_mask) -> tuple:
+        kept = torch.rand(len(z), self.config.candidates, *z.shape[1:], device=z.device) < 0.5
+        return {}, None, None, lambda: z[:, None] * kept - z[:, None]
+
+    def _change(self, latent: Tensor, rotated: Tensor, z: Tensor, restore: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a text z [B,T,D] becomes, less z, once its latent [B,T,L] is rotated to [B,M,T,L] and restored."""
+        if not self.config.symmetric:
+            return self._decode(restore(rotated), z) - z[:, None]
+        texts = self._decode(restore(torch.cat([latent[:, None], rotated], 1)), z)  # a candidate that is not rotated
+        return texts[:, 1:] - texts[:, :1]
 
     def _nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes, with a straight-through gradient, and the codebook and commitment losses [..]."""
@@ -186,11 +226,20 @@ class SC(nn.Module):
         keep, cosine = self.config.keep, F.cosine_similarity(texts.detach(), z.detach()[:, None], dim=-1)
         cosine, best = average(cosine, real, -1)[..., 0].topk(keep)                             # [B, K]
         texts = texts.gather(1, best[..., None, None].expand(-1, -1, *texts.shape[2:]))
-        statistics["cosine"] = cosine.mean()
+        clips = None if frame_mask is None else frame_mask.any(1)
+        statistics["cosine"] = average(cosine.mean(1), clips, 0)[0]
         if rho is not None:
-            rho = average(rho.mean(-1), real, -1)[..., 0].gather(1, best)
-            alpha = alpha.expand(len(best), -1).gather(1, best)
+            rho = govern(average(rho.mean(-1), real, -1)[..., 0].gather(1, best), self.config.grad)
+            alpha = govern(alpha.expand(len(best), -1).gather(1, best), self.config.grad)
+            statistics["degree_kept"] = average(rho.detach().mean(1), clips, 0)[0]
         return Counterfactuals(texts, rho, alpha, losses, statistics)
+
+
+def govern(x: Tensor, grad: str) -> Tensor:
+    """x, with the gradient that `sc.grad` lets through to what made it."""
+    if grad == "none":
+        return x.detach()
+    return 2 * x.detach() - x if grad == "reversed" else x
 
 
 class Degree(nn.Module):
