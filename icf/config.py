@@ -126,7 +126,9 @@ class AudioConfig:
     """VGGish.
 
     Args:
-        weights: a local `vggish-10086976.pth`, `download` (torch.hub, needs a network once), or `none`.
+        weights: a local `vggish-10086976.pth`, `download` (torch.hub, needs a network once), or `none`. Its features
+            pass a LayerNorm before the decoder hears them, and before they are matched to text *(ours; without it a
+            network trained from nothing goes deaf)*.
         width: multiplies the channels of every layer but the last; 1 is the published network.
         train: train it; otherwise it stays frozen *(COMBO)*.
     """
@@ -138,7 +140,8 @@ class AudioConfig:
 
 @dataclass
 class ContextConfig:
-    """Spatio-temporal channel attention, Eq. 1-2.
+    """Spatio-temporal channel attention, Eq. 1-2. The temperature of Eq. 1, which the paper does not give, is sqrt(H W)
+    times a learned factor *(ours)*; the result passes a convolution that starts at zero *(ours)*.
 
     Args:
         levels: whose output feeds the decoder: `video` attends over all channels of a clip, `frame` within a frame.
@@ -163,7 +166,8 @@ class DecoderConfig:
         queries: learnable queries.
         query_mode: `bidirectional` *(paper)* | `audio` (queries get the sound as it is) | `learnable` (no sound).
         audio_keys: sound that the pixels attend to: the clip's seconds and a learned null token, or their `own` second.
-        head: `dense` for one foreground, `mask2former` for classes; `auto` by the number of classes.
+        head: `dense` for one foreground, the mean of the queries' masks weighted by a softmax over the queries *(ours;
+            the paper does not say how masks become one)*; `mask2former` for classes; `auto` by the number of classes.
     """
 
     dim: int = 256
@@ -181,7 +185,18 @@ class DecoderConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of Eq. 18, all 1 in the paper; `preset: combo`: COMBO-AVS' for matched masks (CE 2, BCE 5, dice 5)."""
+    """Weights of Eq. 18, all 1 in the paper, which gives no more than the names of its terms.
+
+    Args:
+        preset: of matched masks (`mask2former`): `paper`, or `combo`, COMBO-AVS' weights (cross entropy of classes 2,
+            BCE 5, dice 5). Queries without a mask weigh .1 in the class term, and matching costs are 2 class, 5 BCE,
+            5 dice *(COMBO)*.
+        bce, dice: of masks; dice with 1 added above and below *(ours)*.
+        focal: of the dense head's pixels, the sigmoid focal loss with alpha .25, gamma 2; of classes, as they are read
+            by a softmax, the softmax focal loss (1 - p)^2 (-log p), without alpha *(ours; a sigmoid focal loss trains
+            what nothing reads)*.
+        deep_supervision: the initial queries and every layer are supervised, all alike *(COMBO)*.
+    """
 
     preset: Literal["paper", "combo"] = "paper"
     bce: float = 1.0
@@ -215,6 +230,9 @@ class MITConfig:
     A tower is `clip`, `xclip`, `clap`, `laion_clap` or `hash` (a small local one, for tests and the toy), with a hub
     name or a folder of weights after a colon if not the default: `clip:openai/clip-vit-base-patch16`.
 
+    What is matched are means over the frames of a level and their pixels of the two coarsest maps, projected *(ours)*;
+    the gates of Eq. 5 are three-layer MLPs that end in a sigmoid *(ours)*.
+
     Args:
         enabled: off, SC is off too, and CDCL contrasts sight and sound alone.
         levels: granularities of the visual text.
@@ -229,8 +247,12 @@ class MITConfig:
         standardise: compare a feature with a text by how much closer they are than features usually are to that text,
             in standard deviations *(ours)*. Prompts of one template are alike, and so are features of one encoder: as
             printed, nearly all sounds match one text.
-        match_tau: temperature of the straight-through gradient *(ours)*.
-        fuse: weight of a text in Eq. 4: `query`, a learned query against the text; `level_scalar`, one number a level.
+        match_tau: temperature of the straight-through gradient *(ours)*, of what is compared: standard deviations (1 if
+            `null`), or cosines where not `standardise` (.07).
+        fuse: weight of a text in Eq. 4: `query`, a learned query against the text *(ours)*; `level_scalar`, one number
+            a level *(ours)*.
+        softmax: what the weights of Eq. 4 sum to one over: the texts that speak of a `second`, so that the text varies
+            in time *(ours)*; or all texts of the `clip`, as printed, one text for all seconds.
         z_mode: composite text `per_frame`, or `pooled` over the clip, which makes its Gaussian a point.
         parts: a segment is 1 / parts of the clip, rounded up *(paper: 2; AVSS 4)*.
         stride: frames between segments, `null` for their length; the last is completed backwards *(ours)*.
@@ -252,6 +274,7 @@ class MITConfig:
     standardise: bool = True
     match_tau: float | None = None
     fuse: Literal["query", "level_scalar"] = "query"
+    softmax: Literal["second", "clip"] = "second"
     z_mode: Literal["per_frame", "pooled"] = "per_frame"
     parts: int = 2
     stride: int | None = None
@@ -262,15 +285,17 @@ class MITConfig:
 
 @dataclass
 class SCConfig:
-    """Semantic counterfactuals, Eq. 6-12.
+    """Semantic counterfactuals, Eq. 6-12. To Eq. 11 is added, with weight 1, what the texts lose by the latent space:
+    1 - cos(decoded, text) *(ours; the paper names no autoencoder, nor what trains it)*.
 
     Args:
         generator: where counterfactual texts come from. `diffusion`: the paper's latent diffusion. Its ablations:
-            `feature` rotates the text itself; `vqvae` quantises the rotated latent; `pair_swap` exchanges sounds or
-            pictures between clips; `audio_replacement` takes sounds of `data.replaced_audio`, else of other clips of
-            the batch; `text_revision` takes `data.captions`. `dropout` (random features set to zero) and `residual`
-            (the sound orthogonal to the picture as a negative of vision and sound) are from a third-party summary of
-            the paper.
+            `feature` adds noise to the text itself and rotates it, and denoises nothing; `vqvae` quantises the rotated
+            latent; `pair_swap` exchanges sounds or pictures between clips; `audio_replacement` takes sounds of
+            `data.replaced_audio`, else of another clip of the batch; `text_revision` takes `data.captions`. Of these
+            three, texts that say the same as the clip's own are no negatives *(ours)*. `dropout` (random features set
+            to zero) and `residual` (the sound orthogonal to the picture as a negative of vision and sound) are from a
+            third-party summary of the paper.
         latent: `linear`, a learned projection to `dim`, or `identity` *(ours; the paper names no autoencoder)*.
         latent_norm: `layer`, norm sqrt(dim), so that the schedule's signal-to-noise ratio holds, or `unit` *(ours)*.
         blocks: of dimensions that are rotated each by itself *(ours)*.
@@ -281,15 +306,23 @@ class SCConfig:
         start: diffusion step at which the text is rotated, of `steps` *(paper: 200)*.
         ddim_steps: from there to a clean text *(ours)*.
         beta: schedule *(ours)*.
-        rotate: the noised latent (`noised`), or the clean one before noise is added (`clean`).
-        predict: rows of the noise loss: clean and rotated ones (`mixed`), or rotated ones, as printed (`rotated`).
+        part: of the text that is rotated: `all` of it, or, for sight, what sound gives to it and, for sound, what sight
+            does (`other`), so that each has to know of the other *(ours; the paper rotates "partial representations")*.
+        rotate: the noised latent (`noised`) *(ours; Eq. 8 has no t, the text says an intermediate state)*, or the clean
+            one before noise is added (`clean`).
+        predict: rows of the noise loss: clean and rotated ones (`mixed`) *(ours; the noise that was added is not what
+            a rotated text holds)*, or rotated ones, as printed (`rotated`).
         condition: denoise knowing what is seen.
         ortho: Eq. 10: `target`, the denoised cosine at its constructed value, and a hinge that keeps the mean degree
             above `min_degree` *(ours)*; `paper`, as printed, whose minimum is no rotation at all; `off`.
+        min_degree: least mean degree, as a share of the middle of `alpha`: .35 at the paper's interval *(ours)*. A
+            fixed degree would make one network of all intervals.
         lambda_z, lambda_ortho: Eq. 10 and 11 *(paper)*.
         symmetric: take off a counterfactual what noising and denoising alone do to its text *(ours)*. Without it,
             contrast learns to tell denoised texts from others.
-        grad: of the contrast into the sampler: its `last_step`, `none`, `full`.
+        grad: of the contrast into the generator, its denoiser, decoder and degree *(ours)*: `none`; through the
+            `last_step` of the sampler, or `full`, which teach it negatives that are easy to tell; `reversed`, through
+            the last step with its sign turned, which teaches it hard ones. A generator without steps takes it whole.
         detach_z: the text is not trained to be easily denoised *(ours)*.
         width, layers, heads: of the denoiser.
     """
@@ -336,7 +369,7 @@ class CDCLConfig:
         pairs: sight and sound, sound and text, sight and text.
         dim: width of the shared space.
         sign: `similarity`, exp(-D / tau) *(ours)*; `paper`, exp(+D / tau) as printed, which drives positives apart.
-        symmetric: contrast sight with sound in both directions *(ours; printed: from sight to sound)*.
+        symmetric: contrast in both directions *(ours; printed: from sight to sound)*.
         tau, gamma, eps: temperature, weight of the entropies, what is added to covariances in them *(ours)*.
         entropy: `in_distance`, as printed, where that of the anchor cancels; `regularizer`, or `none`.
         spectral: of the distance, see `icf.ops.gaussian_wasserstein`.
@@ -346,11 +379,15 @@ class CDCLConfig:
         theta, theta_low: see there.
         no_negatives: a clip that all others are positives of repels them nonetheless (`diag`), or is left out (`skip`).
         text_negatives: counterfactuals (`cf`) *(paper)*, texts of other clips (`batch`), which stand in where there is
-            no SC, or `both` *(ours)*. Against its own counterfactuals alone a text, and sound and sight with it, may be
-            the same for all clips: on the toy benchmark the loss vanishes so, and segmentation gets worse.
-        weights: of counterfactuals, by their degree (`rho`) or by `alpha` alone.
+            no SC, or `both`, the sum of two losses *(ours)*. Against its own counterfactuals alone a text, and sound
+            and sight with it, may be the same for all clips: on the toy benchmark the loss vanishes so, and
+            segmentation gets worse.
+        weights: of counterfactuals, by their degree (`rho`) *(ours)* or by `alpha` alone, as printed.
+        weight_grad: the contrast may lower its loss by the degree in these weights, as far as `sc.grad` lets it *(ours;
+            the weights are otherwise constant)*.
         weight_sum: `one`, as printed: all negatives weigh as one; `keep`: each as one.
-        visual_pool: vision is averaged where the model sees a foreground (`mask`), or everywhere (`gap`).
+        visual_pool: vision is averaged where the model itself sees a foreground (`mask`) *(ours)*, or everywhere
+            (`gap`).
         gather: contrast with the clips of all processes.
     """
 
@@ -413,6 +450,10 @@ class ObjectiveConfig:
         _require(bool(mit.levels), f"{key}.mit.levels", "at least one", mit.levels)
         for name in ("texts", "slot_len", "parts"):
             _require(getattr(mit, name) >= 1, f"{key}.mit.{name}", "at least 1", getattr(mit, name))
+        _require(mit.match_tau is None or mit.match_tau > 0, f"{key}.mit.match_tau", "above 0, or null", mit.match_tau)
+        _require(sc.part == "all" or sc.generator in ("diffusion", "feature", "vqvae", "dropout"), f"{key}.sc.part",
+                 "all where sc.generator does not change the text itself", sc.part)
+        _require(0 <= sc.min_degree <= 1, f"{key}.sc.min_degree", "0 to 1, a share of alpha", sc.min_degree)
         lo, hi = sc.alpha
         _require(0 <= lo <= hi <= 1, f"{key}.sc.alpha", "lo <= hi in [0, 1]", sc.alpha)
         _require(1 <= sc.keep <= sc.candidates, f"{key}.sc.keep", "1 to sc.candidates", sc.keep)

@@ -77,7 +77,7 @@ def _remember(norm: _BatchNorm, _) -> None:
 def _restore(norm: _BatchNorm, _, __) -> None:
     if norm.training:
         for now, before in zip((norm.running_mean, norm.running_var), norm.before, strict=True):
-            now.data.copy_(torch.where(now.isfinite(), now, before))    # of which backward keeps, but does not read, one
+            now.data.copy_(torch.where(now.isfinite(), now, before))    # backward keeps it, unread
 
 
 def _create(name: str, weights: str) -> nn.Module:

@@ -185,6 +185,8 @@ class MIT(nn.Module):
         else:
             scores = torch.cat([w.expand(m.shape[1]) for w, m in zip(self.weight, matches, strict=True)])
             scores = scores.expand(texts.shape[:2])
+        if self.config.softmax == "clip":
+            member = member.any(1, keepdim=True).expand_as(member)
         member = member | ~member.any(-1, keepdim=True)                                         # padded seconds
         return scores[:, None].masked_fill(~member, -torch.inf).softmax(-1) @ texts
 
