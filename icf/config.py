@@ -82,6 +82,9 @@ class DataConfig:
         workers: loader processes; `null` chooses by the number of cores.
         cache: keep what was read in memory that the workers share: log-mels, frames and labels, each if all of a split
             take less than 1 GiB.
+        negatives: share of the training clips that get a sound that belongs to nothing in them, and empty masks
+            *(ours, after AVSBench-Robust)*: silence, white or pink noise, voices of several other clips at once, or the
+            sound of a clip of another class, at several levels, drawn from (seed, epoch, clip).
         replaced_audio: a folder with `<clip>.wav` for every training clip, what could sound instead, for
             `objective.sc.generator: audio_replacement`.
         captions: JSON file, `{clip: [caption, ...]}` for every training clip, equally many each, of which objects were
@@ -100,6 +103,7 @@ class DataConfig:
     augmentation: Literal["none", "flip", "combo"] = "none"
     workers: int | None = None
     cache: bool = True
+    negatives: float = 0.0
     replaced_audio: Path | None = None
     captions: Path | None = None
     toy: ToyConfig | None = None
@@ -484,6 +488,8 @@ class TrainConfig:
         save_every: steps between checkpoints within an epoch, 0 for epoch ends only. What a resumed run has to do again
             is the steps since the last one: with 1 the step in flight, whatever ended the run.
         log_every: steps between two readings of the losses.
+        gradient_norms: every ten times as many steps, also log how strongly each term pulls at encoder, decoder, MIT, SC
+            and CDCL; costs a backward pass per term then, and nothing otherwise.
     """
 
     batch: int = 8
@@ -504,6 +510,7 @@ class TrainConfig:
     evaluate_every: int = 1
     save_every: int = 0
     log_every: int = 10
+    gradient_norms: bool = False
 
 
 @dataclass
@@ -566,6 +573,15 @@ class Config:
             require(getattr(self.train, name) >= 1, f"train.{name}", "at least 1", getattr(self.train, name))
         require(self.train.iters is None or self.train.iters >= 1, "train.iters", "at least 1", self.train.iters)
         require(self.train.lr > 0, "train.lr", "above 0", self.train.lr)
+        require(not self.train.gradient_norms or self.train.compile == "no", "train.gradient_norms",
+                "false for a compiled step, whose backward runs but once", True)
+        require(0 <= self.data.negatives < 1, "data.negatives", "a share, at least 0 and below 1", self.data.negatives)
+        require(not self.data.negatives or self.data.audio_source == "wav", "data.negatives",
+                "0 where data.audio_source is pkl: sounds are made as waveforms", self.data.negatives)
+        mit = self.objective.mit
+        require(not self.data.negatives or not self.objective.enabled or not mit.enabled or mit.inject == "none",
+                "data.negatives", "0 where objective.mit.inject tells the model of the clip's own sound",
+                self.data.negatives)
         self.objective.check()
         revised = self.objective.enabled and self.objective.sc.enabled and (
             self.objective.sc.generator == "text_revision")

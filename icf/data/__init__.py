@@ -116,7 +116,8 @@ def build_dataset(data: DataConfig, split: str) -> torch.utils.data.Dataset:
     Returns:
         A data set with the attributes `classes` (["background", ...], or [] for binary masks), `subset`, `split` and
         `names`, and the methods `waveform(index)` (float32 [n], 16000), `with_audio(index, waveform)` (a `Clip`),
-        `frame_count(index)` and `sounding_classes()` (a set of names per clip, empty where they are not known).
+        `frame_count(index)`, `sounding(index)` (a set of names, empty where they are not known) and
+        `sounding_classes()` (those of all clips).
 
     Raises:
         FileNotFoundError: the root, its metadata or a file that they name is missing.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from icf.data import IGNORE, Clip
 from icf.data.audio import RATE, fit_examples, load_log_mel, log_mel_examples, read_waveform
+from icf.data.disturb import unrelated_sound
 from icf.data.transforms import combo, flip, resize_frame, resize_label
 from icf.files import read_csv, read_json
 
@@ -36,6 +38,7 @@ VOID = 127  # in their binary labels: ignored; background to a reader that does 
 NO_MANIFEST = {"oracles": {}, "clips": [], "settings": {}, "void": None}
 PICTURES = ("PNG", "JPEG", "BMP", "WEBP")  # Pillow's decoders of many more formats see less use
 SLIMMEST = 100  # long edge of a picture by its short one
+NEGATIVE = 0x9E3779B9  # keeps the draws of sounds that belong to nothing apart from others of the same seed
 CACHE_LIMIT = 2**30  # bytes of each kind of array that a data set keeps in memory
 
 
@@ -289,7 +292,7 @@ class AVSBench(torch.utils.data.Dataset):
         names: of the clips, in the order of the metadata.
         manifest: what the toy or a composed benchmark says of itself; without clips for other data.
         groups: `aligned` or `conflicting` for every clip of these, else {}.
-        seed: of the augmentation, which is drawn from (seed, epoch, index).
+        seed: of the augmentation and of `data.negatives`, which are drawn from (seed, epoch, index).
 
     Raises:
         FileNotFoundError: root, metadata, or later a file that they name, is missing.
@@ -319,6 +322,7 @@ class AVSBench(torch.utils.data.Dataset):
         self._frames = Memory(count, (data.frames, 3, *side), torch.uint8)
         self._masks = Memory(count, (data.frames, *side), torch.uint8)
         training = split == "train"
+        self.negatives = data.negatives if training else 0.0
         self._captions = read_captions(data.captions, self.names) if training and data.captions else None
         self._sounds = find_replaced(data.replaced_audio, self.names) if training and data.replaced_audio else None
         self._replaced = Memory(count if self._sounds else 0, (data.frames, 1, 96, 64), torch.float32)
@@ -336,7 +340,15 @@ class AVSBench(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Clip:
-        return self._clip(index, self._log_mels.get(index, lambda: self._examples(index)))
+        clip = self._clip(index, self._log_mels.get(index, lambda: self._examples(index)))
+        if not self.negatives:
+            return clip
+        rng = np.random.default_rng((self.seed % 2**32, NEGATIVE, self._epoch.item(), index))
+        if rng.random() >= self.negatives:
+            return replace(clip, negative=False)
+        sound = unrelated_sound(self, index, rng)
+        return replace(clip, negative=True, own_log_mel=clip.log_mel, log_mel=self._examples(index, sound),
+                       masks=torch.zeros_like(clip.masks))
 
     @property
     def groups(self) -> dict[str, str]:
@@ -358,25 +370,35 @@ class AVSBench(torch.utils.data.Dataset):
         """Classes that sound in every clip: by the labels where there are classes (which are read for this), by the
         metadata of AVSS for MS3 if that lies beside, else by category; empty where they are not known. A composed
         benchmark lists them."""
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self.sounding, range(len(self))))
+
+    def sounding(self, index: int) -> frozenset[str]:
+        """`sounding_classes` of one clip."""
         if self.classes:
-            with ThreadPoolExecutor() as pool:
-                return list(pool.map(self._labelled_classes, range(len(self))))
+            return self._labelled_classes(index)
         if self.subset == "ms3" and not any(record.categories for record in self.records):
-            return self._listed_objects()
-        return [frozenset(record.categories) for record in self.records]
+            return self._objects[index]
+        return frozenset(self.records[index].categories)
 
     def visible_classes(self) -> list[frozenset[str]]:
         """Classes to be seen in every clip, whether they sound or not, as a composed benchmark lists them; of other
         data, those that sound."""
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self.visible, range(len(self))))
+
+    def visible(self, index: int) -> frozenset[str]:
+        """`visible_classes` of one clip."""
         if not any("in_sight" in clip for clip in self._entries.values()):
-            return self.sounding_classes()
-        return [frozenset(self._listed(name, "in_sight", ())) for name in self.names]
+            return self.sounding(index)
+        return frozenset(self._listed(self.names[index], "in_sight", ()))
 
     def _labelled_classes(self, index: int) -> frozenset[str]:
         masks = self._masks.get(index, lambda: self._read_masks(self.records[index]))
         return frozenset(self.classes[i] for i in masks.unique().tolist() if 0 < i < len(self.classes))
 
-    def _listed_objects(self) -> list[frozenset[str]]:
+    @cached_property
+    def _objects(self) -> list[frozenset[str]]:
         try:
             rows = read_metadata(find_root(self.root.parent, "avss"), "avss")
         except FileNotFoundError:

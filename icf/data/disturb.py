@@ -22,6 +22,11 @@ SILENT = 10 ** (-60 / 20)  # root mean square below which a clip counts as silen
 LEVEL = 10 ** (-20 / 20)  # of the noise that replaces a silent clip
 
 
+UNRELATED = ("silence", "white", "pink", "babble", "offscreen")
+LEVELS = (-40, -30, -20, -10)  # decibels of full scale of the sounds that belong to nothing
+TRIES = 20  # other clips that are looked at for one of other classes
+
+
 class Disturbed(torch.utils.data.Dataset):
     """A data set whose clips are disturbed, the same way every time; labels, names and all else stay as they are.
 
@@ -145,6 +150,44 @@ class Disturbed(torch.utils.data.Dataset):
         for t, j, u in self.exchanged.get(index, ()):
             clip.frames[t] = self.dataset[j].frames[u]
         return clip
+
+
+def unrelated_sound(dataset: torch.utils.data.Dataset, index: int, rng: np.random.Generator) -> Tensor:
+    """A sound that nothing in a clip makes, as long as its frames, [n] float32 at 16 kHz.
+
+    One of `UNRELATED` at one of `LEVELS`: silence, white or pink noise, 3 to 5 other clips at once, or one other clip.
+    Other clips sound like nothing that is heard or seen in this one where classes are known, and are not taken alone where they are not; white
+    noise stands in where there are none.
+
+    Args:
+        dataset: of `build_dataset`, with the methods `waveform`, `frame_count`, `sounding` and `visible`.
+        rng: all that is random.
+    """
+    length, own = dataset.frame_count(index) * RATE, dataset.sounding(index) | dataset.visible(index)
+    kind = rng.choice(UNRELATED if own else UNRELATED[:-1])
+    level, wanted = 10 ** (rng.choice(LEVELS) / 20), int(rng.integers(3, 6)) if kind == "babble" else 1
+    if kind == "silence":
+        return torch.zeros(length)
+    sound = torch.from_numpy(rng.standard_normal(length, dtype=np.float32))
+    if kind == "pink":
+        spectrum = torch.fft.rfft(sound)
+        sound = torch.fft.irfft(spectrum / torch.arange(1, len(spectrum) + 1).sqrt(), length)
+    elif kind != "white":
+        found = [dataset.waveform(other)[0] for other in _unrelated_clips(dataset, index, own, wanted, rng)]
+        found = [x.repeat(-(-length // len(x)))[:length] for x in found if x.square().mean().sqrt() > SILENT]
+        if len(found) == wanted:
+            sound = torch.stack([x / x.square().mean().sqrt() for x in found]).sum(0)
+    return sound * (level / sound.square().mean().sqrt().clamp(min=SILENT))
+
+
+def _unrelated_clips(dataset, index: int, own: frozenset[str], wanted: int, rng: np.random.Generator) -> list[int]:
+    """Up to `wanted` other clips that share no class with `own`; any others where that is empty, not known."""
+    found: list[int] = []
+    for other in rng.permutation(len(dataset))[:TRIES].tolist():
+        classes = dataset.sounding(other) if own else frozenset()
+        if other != index and bool(classes) == bool(own) and not classes & own and len(found) < wanted:
+            found.append(other)
+    return found
 
 
 def _is_number(text: str) -> bool:

@@ -41,6 +41,7 @@ from icf.engine.checkpoint import (
     step_of,
 )
 from icf.engine.evaluate import evaluate, validate
+from icf.engine.gradients import gradient_norms
 from icf.engine.results import HISTORY
 from icf.files import write_atomic
 from icf.model.build import build_model
@@ -217,14 +218,19 @@ def length(train: TrainConfig, batches: int, processes: int) -> tuple[int, int]:
     return math.ceil(train.iters / steps_per_epoch), train.iters
 
 
+LINEAR = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+
+
 def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict]:
-    """AdamW's groups: no decay for norms, biases and embeddings, a smaller rate for the visual encoder *(COMBO)*."""
-    no_decay = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    """AdamW's groups: decay for matrices of linear maps and convolutions alone, so that nothing that is learned as it
+    is, queries, positions, levels, pseudo-words, codes, norms and biases, decays; a smaller rate for the visual encoder
+    *(COMBO)*."""
+    decaying = {id(p) for m in model.modules() if isinstance(m, LINEAR) for p in m.parameters(recurse=False)
+                if p.ndim > 1}
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and id(parameter) not in no_decay
-            groups.setdefault((name.startswith("visual."), decays), []).append(parameter)
+            groups.setdefault((name.startswith("visual."), id(parameter) in decaying), []).append(parameter)
     return [{"params": parameters, "lr": train.lr * (train.backbone_lr if backbone else 1),
              "weight_decay": train.weight_decay if decays else 0.0}
             for (backbone, decays), parameters in groups.items()]
@@ -245,7 +251,8 @@ def train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, 
     for batch in loader:
         # What is random in a step depends on (seed, step, process) alone, so a resumed run needs no generator states.
         torch.manual_seed((cfg.train.seed * 1_000_003 + progress.step) * 1009 + accelerator.process_index)
-        losses = train_step(accelerator, model, batch, optimizer, schedule, cfg.train.clip)
+        norms = cfg.train.gradient_norms and (progress.step + 1) % (10 * cfg.train.log_every) == 0
+        losses = train_step(accelerator, model, batch, optimizer, schedule, cfg.train.clip, norms)
         progress.batch += 1
         if not accelerator.sync_gradients:
             continue
@@ -263,10 +270,13 @@ def train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, 
     return False
 
 
-def train_step(accelerator: Accelerator, model, batch, optimizer, schedule, clip: float) -> dict[str, Tensor]:
-    """One batch: forward, backward, and, when enough gradients have been added up, a step of the optimiser."""
+def train_step(accelerator: Accelerator, model, batch, optimizer, schedule, clip: float,
+               norms: bool = False) -> dict[str, Tensor]:
+    """One batch: forward, backward, and, when enough gradients have been added up, a step of the optimiser; with the
+    `norms` of the gradients of its terms among the losses."""
     with accelerator.accumulate(model):
         losses = model(batch)
+        losses.terms.update(gradient_norms(accelerator.unwrap_model(model), losses) if norms else {})
         accelerator.backward(losses.total)
         if accelerator.sync_gradients:
             if clip:
