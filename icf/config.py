@@ -488,8 +488,8 @@ class TrainConfig:
         save_every: steps between checkpoints within an epoch, 0 for epoch ends only. What a resumed run has to do again
             is the steps since the last one: with 1 the step in flight, whatever ended the run.
         log_every: steps between two readings of the losses.
-        gradient_norms: every ten times as many steps, also log how strongly each term pulls at encoder, decoder, MIT, SC
-            and CDCL; costs a backward pass per term then, and nothing otherwise.
+        gradient_norms: every ten times as many steps, also log how strongly each term pulls at encoder, decoder, MIT,
+            SC and CDCL; costs a backward pass per term then, and nothing otherwise.
     """
 
     batch: int = 8

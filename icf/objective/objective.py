@@ -155,11 +155,11 @@ class ICFObjective(nn.Module):
         return {"total": total, **terms, **statistics}
 
     def _swapped(self, text: Text, frame_mask: Tensor | None) -> Tensor:
-        """Texts in which the sound, or else the sight, is that of another clip of the batch: [B,B-1,T,D]."""
+        """Texts in which the sound, and then the sight, is that of each other clip of the batch: [B,2(B-1),T,D]."""
         heard, seen = others(text.audio, frame_mask), others(text.visual, frame_mask)
-        turn = (torch.arange(heard.shape[1], device=heard.device) % 2 == 0)[:, None, None]
-        own = text.visual[:, None], text.audio[:, None]
-        return self.mit.composite(torch.where(turn, own[0], seen), torch.where(turn, heard, own[1]))
+        swapped = (self.mit.composite(text.visual[:, None].expand_as(heard), heard),
+                   self.mit.composite(seen, text.audio[:, None].expand_as(seen)))
+        return torch.stack(swapped, 2).flatten(1, 2)
 
     def _resounded(self, text: Text, frame_mask: Tensor | None, replaced_sound: Tensor | None) -> Tensor:
         """Texts with other sounds: those that could sound instead, [B,1,T,D], or those of other clips, [B,B-1,T,D]."""

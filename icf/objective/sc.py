@@ -44,7 +44,8 @@ class Counterfactuals(NamedTuple):
 
     def of_halves(self) -> Counterfactuals:
         """Of a batch whose second half is for the sound of the first."""
-        halves = zip(*(x.chunk(2) for x in (self.texts, self.degree, self.alpha)), strict=True)
+        halves = zip(*((None, None) if x is None else x.chunk(2) for x in (self.texts, self.degree, self.alpha)),
+                     strict=True)
         sight, sound = (Counterfactuals(*half, self.losses, self.statistics) for half in halves)
         return sight._replace(of_sound=sound)
 
