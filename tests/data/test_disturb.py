@@ -1,11 +1,12 @@
 """Disturbed clips: what changes, by how much, what stays, and that it is always the same."""
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from icf.data.audio import SILENCE
-from icf.data.disturb import Disturbed
+from icf.data.disturb import LEVELS, UNRELATED, Disturbed, unrelated_sound
 
 KINDS = ("silence", "noise", "offscreen", "shuffled", "snr:20", "mix:2")
 
@@ -146,3 +147,141 @@ def test_sounds_from_log_mel_files_cannot_be_disturbed(load):
     with pytest.raises(ValueError, match="silence needs data.audio_source wav, got pkl"):
         Disturbed(dataset, "silence")
     assert len(Disturbed(dataset, "mix:1")) == len(dataset)
+
+
+# --- sounds that belong to nothing, in training ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("subset", ["s4", "ms3", "avss"])
+def test_a_share_of_the_training_clips_gets_a_sound_that_belongs_to_nothing(load, subset):
+    plain, mixed = load(subset, "train"), load(subset, "train", negatives=0.5)
+    seen = set()
+    for epoch in range(8):
+        mixed.set_epoch(epoch)
+        for index in range(len(plain)):
+            clip, true = mixed[index], plain[index]
+            for name in ("frames", "frame_mask", "label_mask"):
+                assert torch.equal(getattr(clip, name), getattr(true, name))
+            if clip.negative:
+                assert not clip.masks.any() and torch.equal(clip.own_log_mel, true.log_mel)
+                assert not torch.equal(clip.log_mel, true.log_mel)
+                assert not clip.log_mel[~clip.frame_mask].any()
+            else:
+                assert torch.equal(clip.masks, true.masks) and torch.equal(clip.log_mel, true.log_mel)
+                assert clip.own_log_mel is None
+            seen.add((epoch, index, clip.negative))
+            assert true.negative is None
+    share = sum(negative for *_, negative in seen) / len(seen)
+    assert 0.25 < share < 0.75 and len({index for _, index, negative in seen if negative}) == len(plain)
+
+
+def test_negatives_depend_on_seed_epoch_and_clip_alone(load):
+    def draw(seed, epoch, order):
+        dataset = load("ms3", "train", negatives=0.6)
+        dataset.seed = seed
+        dataset.set_epoch(epoch)
+        return {index: dataset[index] for index in order}
+
+    first, again = draw(3, 2, range(5)), draw(3, 2, [4, 2, 0, 1, 3])
+    for index, clip in first.items():
+        assert clip.negative == again[index].negative and torch.equal(clip.log_mel, again[index].log_mel)
+    for other in (draw(3, 1, range(5)), draw(4, 2, range(5))):
+        assert any(not torch.equal(first[index].log_mel, other[index].log_mel) for index in first)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_evaluation_has_no_negatives(load, split):
+    dataset = load("s4", split, negatives=0.9)
+    assert all(dataset[index].negative is None for index in range(len(dataset)))
+
+
+def test_a_batch_knows_its_negatives(load):
+    from icf.data import collate
+    dataset = load("s4", "train", negatives=0.5)
+    clips = [dataset[index] for index in range(len(dataset))]
+    batch = collate(clips)
+    assert batch.negative.tolist() == [clip.negative for clip in clips]
+    for own, clip in zip(batch.own_log_mel, clips, strict=True):
+        assert torch.equal(own, clip.own_log_mel if clip.negative else clip.log_mel)
+    ordinary = collate([clip for clip in clips if not clip.negative])
+    assert not ordinary.negative.any() and ordinary.own_log_mel is None
+    assert collate([load("s4", "train")[0]]).negative is None
+
+
+class Many(Sounds):
+    """Six clips, two of a class."""
+
+    names = list("abcdef")
+    sounds = [(0.1 + 0.1 * i) * torch.sin(torch.arange(80000) * (0.02 + 0.03 * i)) for i in range(6)]
+    classes = [frozenset({name}) for name in ("dog", "dog", "cat", "cat", "car", "car")]
+
+    def __len__(self):
+        return 6
+
+    def frame_count(self, index):
+        return 5
+
+    def sounding(self, index):
+        return self.classes[index]
+
+
+class Chosen:
+    """A generator that chooses one kind and one level."""
+
+    def __init__(self, kind, level, seed=0):
+        self.rng, self.answers = np.random.default_rng(seed), [kind, level]
+
+    def choice(self, of):
+        assert self.answers[0] in of
+        return self.answers.pop(0)
+
+    def __getattr__(self, name):
+        return getattr(self.rng, name)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", UNRELATED)
+def test_unrelated_sounds_have_their_level_and_length(kind, level):
+    sound = unrelated_sound(Many(), 0, Chosen(kind, level))
+    assert sound.shape == (80000,) and sound.dtype == torch.float32
+    assert rms(sound) == pytest.approx(0 if kind == "silence" else 10 ** (level / 20), rel=1e-3)
+
+
+def test_pink_noise_falls_by_three_decibels_an_octave():
+    power = torch.fft.rfft(unrelated_sound(Many(), 0, Chosen("pink", -20))).abs().square()
+    octaves = [power[n:2 * n].mean().log10() * 10 for n in (500, 1000, 2000, 4000, 8000)]
+    assert all(a - b == pytest.approx(3, abs=0.6) for a, b in zip(octaves, octaves[1:], strict=False))
+
+
+@pytest.mark.parametrize("kind", ["offscreen", "babble"])
+@pytest.mark.parametrize("seed", range(5))
+def test_other_clips_share_no_class(kind, seed):
+    sound = unrelated_sound(Many(), 0, Chosen(kind, -20, seed))
+    heard = [abs(torch.corrcoef(torch.stack([sound, other]))[0, 1]) > 0.2 for other in Many.sounds]
+    assert not heard[0] and not heard[1]
+    assert sum(heard) == 1 if kind == "offscreen" else sum(heard) in (0, 3, 4)              # 0: five are not to be had
+
+
+def test_where_classes_are_not_known_no_other_clip_is_taken_alone():
+    class Unknown(Many):
+        classes = [frozenset()] * 6
+
+    asked = []
+
+    class Kinds(Chosen):
+        def choice(self, of):
+            asked.append(tuple(of))
+            return super().choice(of)
+
+    unrelated_sound(Unknown(), 0, Kinds("babble", -20))
+    assert "offscreen" not in asked[0]
+
+
+@pytest.mark.parametrize(("changes", "key"), [
+    ({"data": {"negatives": 1.0}}, "data.negatives"), ({"data": {"negatives": -0.1}}, "data.negatives"),
+    ({"data": {"negatives": 0.2, "audio_source": "pkl"}}, "data.negatives"),
+    ({"data": {"negatives": 0.2}, "objective": {"mit": {"inject": "cross_attention"}}}, "data.negatives")])
+def test_negatives_that_cannot_be_are_refused(changes, key):
+    from icf.config import Config
+    with pytest.raises(ValueError, match=f"{key}: expected"):
+        Config.from_dict(changes)

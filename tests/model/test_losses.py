@@ -127,3 +127,74 @@ def test_the_record_tells_every_term_without_a_graph():
     record = Losses(2 * x, {"bce": x * 1}).detached()
     assert {name: (float(v), v.requires_grad) for name, v in record.items()} == {
         "total": (2.0, False), "bce": (1.0, False)}
+
+
+@pytest.mark.parametrize("classes", [2, 8])
+def test_the_class_term_is_the_focal_loss_of_the_softmax_that_is_read(classes):
+    target, queries = masks(size=32, classes=classes), 9
+    class_logits, mask_logits = perfect(target, classes, queries)
+    scores = torch.randn_like(class_logits)
+    for logits in (class_logits, mask_logits):
+        logits.mul_(50)                                                     # which query holds what is beyond doubt
+    wanted = class_logits[0].argmax(-1)
+    error = F.cross_entropy(scores[0].flatten(0, 1), wanted.flatten(), reduction="none")
+    p = scores[0].softmax(-1).gather(-1, wanted[..., None]).flatten()
+    weight = torch.where(wanted.flatten() == classes, losses.NO_OBJECT, 1.0)
+    expected = (weight * (1 - p) ** 2 * error).sum() / weight.sum()
+    found = matched_losses(scores, mask_logits, target)["focal"]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_class_that_holds_nine_times_in_ten_is_read_as_likely():
+    """One query, always on the object, whose class is the first in nine frames of ten. A focal loss is a little too
+    modest; the sum of sigmoid ones was read as .45."""
+    target = torch.ones(10, 16, 16, dtype=torch.uint8)
+    target[0] = 2
+    scores = torch.zeros(1, 1, 1, 4, requires_grad=True)
+    optimizer = torch.optim.Adam([scores], 0.1)
+    mask_logits = torch.full((1, 10, 1, 16, 16), 20.0)
+    for _ in range(200):
+        loss = matched_losses(scores.expand(-1, 10, -1, -1), mask_logits, target)["focal"]
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert scores.softmax(-1)[0, 0, 0, 1] > 0.65
+
+
+@pytest.mark.parametrize("preset", ["paper", "combo"])
+@pytest.mark.parametrize("classes", [1, 7])
+def test_frames_of_which_nothing_is_known_change_nothing(preset, classes):
+    torch.manual_seed(2)
+    target = masks(2, 32, 2 if classes == 1 else classes)
+    class_logits, mask_logits = perfect(target, classes, 9, first=int(classes == 1))
+    both = (torch.cat([class_logits, torch.randn_like(class_logits)], 1).requires_grad_(),
+            torch.cat([mask_logits, torch.randn_like(mask_logits)], 1).requires_grad_())
+    void = torch.cat([target, torch.full_like(target, losses.IGNORE)])
+    found, expected = matched_losses(*both, void, preset), matched_losses(class_logits, mask_logits, target, preset)
+    sum(found.values()).backward()
+    name = "focal" if preset == "paper" else "ce"
+    torch.testing.assert_close(found[name], expected[name])
+    assert all(x.grad[:, 2:].abs().max() == 0 for x in both)
+
+
+def test_pixels_that_are_not_known_do_not_count_for_matched_masks():
+    target = masks(2, 32, 4)
+    target[..., :16] = losses.IGNORE
+    class_logits, mask_logits = perfect(masks(2, 32, 4), 4, 9)
+    mask_logits = torch.randn(1, 2, 9, 32, 32, requires_grad=True)
+    terms = matched_losses(class_logits, mask_logits, target)
+    (terms["bce"] + terms["dice"]).backward()
+    known = mask_logits.grad[..., 16:]
+    assert mask_logits.grad[..., :15].abs().max() == 0 < known.abs().max()   # the column between is interpolated
+
+
+@pytest.mark.parametrize("call", [
+    lambda n, target: dense_losses(torch.randn(3, n, 1, 4, 4, requires_grad=True), target),
+    lambda n, target: class_losses(torch.randn(3, n, 5, 4, 4, requires_grad=True), target),
+    lambda n, target: matched_losses(torch.randn(3, n, 6, 8, requires_grad=True),
+                                     torch.randn(3, n, 6, 4, 4, requires_grad=True), target),
+    lambda n, target: matched_losses(torch.randn(3, n, 6, 2, requires_grad=True),
+                                     torch.randn(3, n, 6, 4, 4, requires_grad=True), target, "combo")])
+@pytest.mark.parametrize("n", [0, 2])
+def test_nothing_labelled_or_nothing_known_costs_nothing(call, n):
+    terms = call(n, torch.full((n, 16, 16), losses.IGNORE, dtype=torch.uint8))
+    assert all(value == 0 and value.requires_grad for value in terms.values())
+    sum(terms.values()).backward()
