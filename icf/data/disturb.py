@@ -156,8 +156,8 @@ def unrelated_sound(dataset: torch.utils.data.Dataset, index: int, rng: np.rando
     """A sound that nothing in a clip makes, as long as its frames, [n] float32 at 16 kHz.
 
     One of `UNRELATED` at one of `LEVELS`: silence, white or pink noise, 3 to 5 other clips at once, or one other clip.
-    Other clips sound like nothing that is heard or seen in this one where classes are known, and are not taken alone where they are not; white
-    noise stands in where there are none.
+    Other clips sound like nothing that is heard or seen in this one where classes are known, and are not taken alone
+    where they are not; white noise stands in where there are none.
 
     Args:
         dataset: of `build_dataset`, with the methods `waveform`, `frame_count`, `sounding` and `visible`.

@@ -224,6 +224,8 @@ class Many(Sounds):
     def sounding(self, index):
         return self.classes[index]
 
+    visible = sounding
+
 
 class Chosen:
     """A generator that chooses one kind and one level."""
@@ -260,6 +262,15 @@ def test_other_clips_share_no_class(kind, seed):
     heard = [abs(torch.corrcoef(torch.stack([sound, other]))[0, 1]) > 0.2 for other in Many.sounds]
     assert not heard[0] and not heard[1]
     assert sum(heard) == 1 if kind == "offscreen" else sum(heard) in (0, 3, 4)              # 0: five are not to be had
+
+
+def test_what_is_seen_in_silence_is_not_heard_either():
+    class Seen(Many):
+        classes = [frozenset({name}) for name in ("dog", "dog", "cat", "cat", "cat", "car")]
+        visible = lambda self, index: frozenset({"dog", "cat"})  # noqa: E731
+
+    sound = unrelated_sound(Seen(), 0, Chosen("offscreen", -20))
+    assert abs(torch.corrcoef(torch.stack([sound, Many.sounds[5]]))[0, 1]) > 0.99
 
 
 def test_where_classes_are_not_known_no_other_clip_is_taken_alone():
