@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -74,6 +75,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], durable: bool = Fa
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(temporary)
+        usual_modes(temporary)
         if durable:
             flush(temporary)
         os.replace(temporary, path)
@@ -84,13 +86,28 @@ def write_atomic(path: Path, write: Callable[[Path], object], durable: bool = Fa
             temporary.unlink(missing_ok=True)
 
 
+def usual_modes(path: Path) -> None:
+    """Give a file, or the files of a folder, the mode that the user's umask asks for. Writers that use a temporary
+    file, as safetensors does, leave it readable by the user alone."""
+    probe = path.with_name(f"{path.name}.mode.partial")
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for item in (path, *path.rglob("*")):
+        if item.is_file():
+            item.chmod(mode)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or a folder with what is in it, is on the disk, and not only on its way there."""
-    if os.name != "posix":  # elsewhere neither folders nor what was opened to be read can be waited for
-        return
     for item in (path, *path.rglob("*")):
-        handle = os.open(item, os.O_RDONLY)
+        if item.is_dir() and os.name != "posix":  # elsewhere folders cannot be opened
+            continue
+        handle = os.open(item, os.O_RDONLY if item.is_dir() else os.O_RDWR)  # what is open to be read is not, elsewhere
         try:
             os.fsync(handle)
+        except OSError as error:
+            if not item.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+                raise  # some file systems, of networks for the most part, cannot wait for a folder
         finally:
             os.close(handle)

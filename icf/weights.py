@@ -1,11 +1,16 @@
 """Weight files that users bring along, read without running code from them."""
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+NESTED = ("model", "model_state_dict", "state_dict")  # where training scripts put the weights in their checkpoints
+WRAPPED = "module."  # before every name where they were taken from DistributedDataParallel
+SHORT = 400  # characters
 
 
 def read_weights(key: str, path: str) -> dict[str, Tensor]:
@@ -13,15 +18,20 @@ def read_weights(key: str, path: str) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of finite tensors; a torch file may hold nothing else, or all of them under `state_dict`.
+        ValueError: not a file of finite tensors. Those of a training run, under one of `NESTED`, may have its settings
+            and optimiser beside them.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{key}: there is no file {str(path)!r}")
     try:
-        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # settings of a training run, without code in them
+            state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{key}: {path} cannot be read as weights ({first_line(error)})") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
+        raise ValueError(f"{key}: {path} cannot be read as weights ({in_short(error)})") from error
+    for name in NESTED:
+        state = state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state
+    if isinstance(state, dict) and all(str(name).startswith(WRAPPED) for name in state):
+        state = {name.removeprefix(WRAPPED): value for name, value in state.items()}
     if not isinstance(state, dict) or not all(isinstance(n, str) and _is_plain(x) for n, x in state.items()):
         raise ValueError(f"{key}: {path} holds something other than named tensors")
     require_finite(f"{key}: {path}", state)
@@ -40,6 +50,8 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.is_cpu and not value.is_quantized
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, short enough to be quoted in another."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+def in_short(error: Exception) -> str:
+    """What an error says, in one line that is short enough to be quoted in another. The reason may stand on any line of
+    it: torch's `Error(s) in loading` is followed by which."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return said if len(said) <= SHORT else f"{said[:SHORT - 4].rstrip()} ..."

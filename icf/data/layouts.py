@@ -4,7 +4,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -17,12 +16,12 @@ from numpy.typing import NDArray
 from icf.data import IGNORE
 from icf.data.audio import RATE
 from icf.data.avsbench import COLUMNS, METADATA
+from icf.machine import processors
 
 
 def parallel(function: Callable, items: list, workers: int | None, chunk: int = 4) -> Iterator:
     """The results for the items, in their order, of as many processes as there are cores if `workers` is None."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(workers or cores or 1, max(len(items), 1))
+    workers = min(workers or processors(), max(len(items), 1))
     if workers == 1:
         yield from map(function, items)
         return

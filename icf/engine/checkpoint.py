@@ -15,8 +15,8 @@ from torch import nn
 
 from icf import __version__
 from icf.config import Config
-from icf.files import flush, parse_json, read_json, read_yaml, write_atomic
-from icf.weights import first_line, require_finite
+from icf.files import flush, parse_json, read_json, read_yaml, usual_modes, write_atomic
+from icf.weights import in_short, require_finite
 
 CONFIG = "config.yaml"  # the resolved configuration in a run folder
 WEIGHTS = "best.safetensors"  # the name of the best weights in a run folder
@@ -183,6 +183,7 @@ def save_state(accelerator, run: Path, step: int, keep: int = 2, **others) -> No
                 (partial / OTHERS).write_text(json.dumps({name: x.state_dict() for name, x in others.items()}))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and not path.exists():
+            usual_modes(partial)
             flush(partial)
             os.replace(partial, path)
     finally:
@@ -207,4 +208,4 @@ def load_state(accelerator, state: Path, **others) -> None:
         for name, other in others.items():
             other.load_state_dict(values[name])
     except Exception as error:  # the readers of Accelerate and torch let errors of every kind through
-        raise ValueError(f"{state} cannot be read as a training state of this model ({first_line(error)})") from error
+        raise ValueError(f"{state} cannot be read as a training state of this model ({in_short(error)})") from error

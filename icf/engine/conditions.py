@@ -1,7 +1,6 @@
 """The sounds that clips are scored under, side by side, and the clips' division among processes."""
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from icf.config import Config
 from icf.data import Batch, collate
 from icf.data.disturb import Disturbed
+from icf.machine import readers
 
 UNHEARD = ("silence", "noise", "offscreen")     # negative sounds that nothing in the picture makes
 SEED = 42                                       # pairing of clips and sounds
@@ -45,8 +45,7 @@ def build_loader(datasets: Sequence[Dataset], cfg: Config) -> DataLoader:
     """Batches (index int64 [B], one `Batch` per data set) of this process' clips, none of them twice."""
     rank, processes = process()
     clips = Conditions(datasets, range(rank, len(datasets[0]), processes))
-    workers = cfg.data.workers if cfg.data.workers is not None else min(4, (os.cpu_count() or 1) // 2)
-    return DataLoader(clips, cfg.eval.batch, num_workers=workers, collate_fn=_collate,
+    return DataLoader(clips, cfg.eval.batch, num_workers=readers(cfg.data.workers), collate_fn=_collate,
                       pin_memory=torch.cuda.is_available())
 
 

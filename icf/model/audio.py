@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from icf.weights import first_line, read_weights
+from icf.weights import in_short, read_weights
 
 URL = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
 OUT = 128
@@ -61,7 +61,7 @@ class VGGish(nn.Module):
             try:
                 state = torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
             except Exception as error:
-                raise ConnectionError(f"model.audio.weights: could not fetch {URL} ({first_line(error)}); give a local "
+                raise ConnectionError(f"model.audio.weights: could not fetch {URL} ({in_short(error)}); give a local "
                                    "vggish-10086976.pth, or 'none' for a random start") from error
         else:
             state = read_weights("model.audio.weights", weights)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from icf.config import DecoderConfig, LossConfig, ModelConfig, ObjectiveConfig
 from icf.model.audio import OUT as AUDIO_DIM
 from icf.model.audio import VGGish
-from icf.model.losses import IGNORE, Losses, class_losses, dense_losses
+from icf.model.losses import IGNORE, Losses, class_counts, class_losses, dense_counts, dense_losses
 from icf.model.packing import Packing, background
 from icf.model.pixel_decoder import PixelDecoder
 from icf.model.visual import VisualEncoder, keep_finite
@@ -114,7 +114,13 @@ class Host(nn.Module):
         if found.mix is not None:
             known = masks.clamp(max=1).where(masks != IGNORE, masks)
             terms["mix"] = dense_losses(found.mix[None, wanted], known)["dice"]
-        return Losses(sum(self.weights[name] * value for name, value in terms.items()), terms)
+        return Losses({name: self.weights[name] * value for name, value in terms.items()}, terms)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """As of `icf.model.icf.ICF`."""
+        masks = batch.masks.flatten(0, 1)[batch.labelled]
+        dense = dense_counts(masks)
+        return {**(dense if self.classes == 1 else class_counts(masks)), "mix": dense["dice"]}
 
     def _objective(self, found: Interaction, audio: Tensor, clips: Packing, batch: Batch) -> dict[str, Tensor]:
         seen, heard, *maps = (clips.unpack(x.float()) for x in (found.visual, found.audio, *found.maps))

@@ -12,7 +12,7 @@ from icf.context import VisualContext
 from icf.model.audio import OUT as AUDIO_DIM
 from icf.model.audio import VGGish
 from icf.model.decoder import Decoded, Decoder
-from icf.model.losses import Losses, dense_losses, matched_losses
+from icf.model.losses import Losses, dense_counts, dense_losses, matched_counts, matched_losses
 from icf.model.packing import Packing, background
 from icf.model.pixel_decoder import PixelDecoder
 from icf.model.visual import VisualEncoder
@@ -143,7 +143,12 @@ class ICF(nn.Module):
         """masks: [M,H,W] of the decoded frames."""
         terms = dense_losses(decoded.masks, masks) if self.dense else matched_losses(
             decoded.classes, decoded.masks, masks, self.preset)
-        return Losses(sum(self.weights[name] * value for name, value in terms.items()), terms)
+        return Losses({name: self.weights[name] * value for name, value in terms.items()}, terms)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """What each segmentation term of a batch is a mean over, 0-dim, to weigh batches of one step by."""
+        masks = batch.masks.flatten(0, 1)[batch.labelled]
+        return dense_counts(masks) if self.dense else matched_counts(masks, self.classes, self.decoder.queries)
 
     def _predict(self, decoded: Decoded, size: tuple[int, int]) -> Tensor:
         """[M,1,H,W] logits, or [M,K,H,W] sum over queries of p(class) sigmoid(mask), at the size of the frames."""

@@ -1,6 +1,7 @@
 """Segmentation losses, Eq. 18, for the dense and the matched (Mask2Former) head, and the record of named terms."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -11,22 +12,36 @@ from torch import Tensor
 IGNORE = 255
 NO_OBJECT = 0.1
 """Weight of queries without a mask in the class term *(COMBO)*."""
-
-
+OBJECTIVE = "objective"
+"""The part of the losses that is beside segmentation."""
 FOCUS = 2
 """Exponent of focal losses, as published."""
 
 
 class Losses(NamedTuple):
-    """What a training step returns: the number to differentiate, and its parts by name, all 0-dim."""
+    """What a training step returns, all 0-dim.
 
-    total: Tensor
+    Args:
+        parts: weighted, by name; their sum is differentiated.
+        terms: by name, without weights, and statistics.
+    """
+
+    parts: dict[str, Tensor]
     terms: dict[str, Tensor]
 
+    @property
+    def total(self) -> Tensor:
+        return sum(self.parts.values())
+
     def __add__(self, other: dict[str, Tensor]) -> Losses:
-        """With the terms of an objective, whose `total` is added to this one."""
+        """With the terms of an objective, whose `total` is one more part."""
         terms = {name: value for name, value in other.items() if name != "total"}
-        return Losses(self.total + other["total"], {**self.terms, **terms})
+        return Losses({**self.parts, OBJECTIVE: other["total"]}, {**self.terms, **terms})
+
+    def shared(self, shares: Mapping[str, Tensor]) -> Losses:
+        """Parts and terms times their shares, by name; those without a share of their own have the objective's."""
+        return Losses(*({name: value * shares.get(name, shares[OBJECTIVE]) for name, value in values.items()}
+                        for values in self))
 
     def detached(self) -> dict[str, Tensor]:
         """`total` and the terms without graph, still on their device."""
@@ -110,6 +125,28 @@ def _enlarge(logits: Tensor, masks: Tensor) -> Tensor:
     """[P,N,K,h,w] at the size of the masks: [P,N,K,H,W]."""
     x = F.interpolate(logits.flatten(0, 1), size=masks.shape[1:], mode="bilinear", align_corners=False)
     return x.unflatten(0, logits.shape[:2])
+
+
+def dense_counts(masks: Tensor) -> dict[str, Tensor]:
+    """What each term of :func:`dense_losses`, a mean, counts: pixels or frames of masks [N,H,W]."""
+    known = (masks != IGNORE).sum()
+    return {"bce": known, "dice": known.new_tensor(len(masks)), "focal": known}
+
+
+def class_counts(masks: Tensor) -> dict[str, Tensor]:
+    """What :func:`class_losses` counts: pixels of masks [N,H,W]."""
+    return {"ce": (masks != IGNORE).sum()}
+
+
+def matched_counts(masks: Tensor, classes: int, queries: int) -> dict[str, Tensor]:
+    """What each term of :func:`matched_losses` counts: matched pairs of masks [N,H,W] and queries, and the weights of
+    all queries of frames of which something is known. Where pixels are not known, those of `bce` are near enough."""
+    first = 1 if classes == 1 else 0
+    present = torch.zeros(len(masks), 256, dtype=torch.bool, device=masks.device)
+    present.scatter_(1, masks.flatten(1).long(), True)
+    pairs = present[:, first:first + classes].sum(1).clamp(max=queries).sum()
+    rest = present[:, :IGNORE].any(1).sum() * queries - pairs
+    return {"ce": pairs + NO_OBJECT * rest, "focal": pairs + NO_OBJECT * rest, "bce": pairs, "dice": pairs}
 
 
 def _dice(probability: Tensor, target: Tensor) -> Tensor:

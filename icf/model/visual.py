@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from icf.weights import first_line, read_weights
+from icf.weights import in_short, read_weights
 
 STRIDES = [4, 8, 16, 32]
 
@@ -17,7 +17,8 @@ class VisualEncoder(nn.Module):
     Args:
         name: timm's name, e.g. `pvt_v2_b5` or `resnet50.tv_in1k`.
         weights: `imagenet` (through timm), `none` (random, from torch's generator), or a local file, `.safetensors` or
-            torch, with timm's key names or those of the original `pvt_v2_b5.pth` and `resnet50-19c8e357.pth`.
+            torch, with timm's key names or those of the original `pvt_v2_b5.pth` and `resnet50-19c8e357.pth`, with or
+            without a classifier.
         freeze_norm: BatchNorm layers stay in eval mode, so that their stored statistics do not move.
 
     Attributes:
@@ -91,11 +92,17 @@ def _create(name: str, weights: str) -> nn.Module:
             return timm.create_model(name, pretrained=True, **options)
         except Exception as error:
             raise ConnectionError(f"model.visual.weights: timm could not fetch the ImageNet weights of {name} "
-                               f"({first_line(error)}); give a local file, or 'none' for a random start") from error
+                               f"({in_short(error)}); give a local file, or 'none' for a random start") from error
     state = read_weights("model.visual.weights", weights)
+    with torch.random.fork_rng(devices=[]):
+        whole = timm.create_model(name, pretrained=False)
+    heads = whole.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    own = {key: value for key, value in whole.state_dict().items() if key.startswith(heads)}
+    state = {**state, **own}            # a pyramid has no head: that of the file may be of other classes, or missing
     try:
         for form in ({}, options):      # only the whole network is loaded strictly: timm lets a pyramid miss any weight
             net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(state)}, **form)
         return net
     except Exception as error:
-        raise ValueError(f"model.visual.weights: {weights} does not fit {name} ({first_line(error)})") from error
+        raise ValueError(f"model.visual.weights: {weights} does not fit {name} ({in_short(error)})") from error

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from icf.files import read_json
-from icf.weights import first_line, read_weights, require_finite
+from icf.weights import in_short, read_weights, require_finite
 
 TEMPLATES = {"video": "a video of *", "segment": "a segment of *", "frame": "a frame of *", "audio": "an audio of *"}
 SLOT = "*"          # known to CLIP and RoBERTa: X-CLIP pools at the largest id, so no new token will do
@@ -168,7 +168,7 @@ def text_tower(kind: str, weights: str | nn.Module = "default", dtype: torch.dty
     try:
         finite = tower.encode([NEUTRAL]).isfinite().all()
     except Exception as error:                      # settings that are read without a check, wherever they are used
-        raise ValueError(f"{key}: {weights} cannot read a text ({first_line(error)})") from error
+        raise ValueError(f"{key}: {weights} cannot read a text ({in_short(error)})") from error
     if not finite:
         raise ValueError(f"{key}: {weights} makes a text of values that are not finite")
     return tower
@@ -233,7 +233,7 @@ def _from_transformers(kind: str, weights: str, key: str) -> tuple[ProjectedText
             model, report = getattr(transformers, CLASSES[kind]).from_pretrained(
                 folder, local_files_only=True, weights_only=True, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
-        raise ValueError(f"{key}: {weights} cannot be read as {kind} ({first_line(error)})") from error
+        raise ValueError(f"{key}: {weights} cannot be read as {kind} ({in_short(error)})") from error
     missing = sorted(name for name in report["missing_keys"] if name.startswith("text_"))
     if missing:
         raise ValueError(f"{key}: {weights} does not fit {kind}: it lacks {len(missing)} weights, {missing[0]} first")
@@ -245,7 +245,7 @@ def _transformers(kind: str, key: str):
         import transformers
     except ImportError as error:
         raise ValueError(f"{key}: {kind!r} needs the package transformers, which cannot be imported "
-                         f"({first_line(error)}); pip install transformers") from error
+                         f"({in_short(error)}); pip install transformers") from error
     return transformers
 
 
@@ -291,7 +291,7 @@ def _folder(name: str, wanted: Sequence[Sequence[str]], key: str) -> Path:
         folder = None if lacking else hub.snapshot_download(name, allow_patterns=[*chosen, "*.json", "*.txt"])
     except Exception as error:
         raise ConnectionError(f"{key}: {name!r} is no local folder, is not in the cache of the Hugging Face hub and "
-                              f"cannot be fetched from there ({first_line(error)}); give a local folder") from error
+                              f"cannot be fetched from there ({in_short(error)}); give a local folder") from error
     if lacking:
         raise FileNotFoundError(f"{key}: the hub's {name!r} has no {lacking}")
     return Path(folder)
@@ -323,7 +323,7 @@ def _laion(weights: str | nn.Module, key: str) -> tuple[ProjectedText, HubTokeni
     try:
         tokenizer = transformers.RobertaTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ValueError(f"{key}: {folder} cannot be read as RoBERTa's tokeniser ({first_line(error)})") from error
+        raise ValueError(f"{key}: {folder} cannot be read as RoBERTa's tokeniser ({in_short(error)})") from error
     try:
         state = {name.removeprefix("module."): value for name, value in state.items()}
         branch, projection = _part(state, "text_branch."), _part(state, "text_projection.")
@@ -335,7 +335,7 @@ def _laion(weights: str | nn.Module, key: str) -> tuple[ProjectedText, HubTokeni
         head.load_state_dict(projection)
     except (KeyError, RuntimeError, ValueError, TypeError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"{key}: {weights} holds something other than a CLAP of LAION with RoBERTa "
-                         f"({first_line(error)})") from error
+                         f"({in_short(error)})") from error
     return ProjectedText(model, head), HubTokenizer(tokenizer)
 
 

@@ -1,4 +1,6 @@
 """Encoders: shapes, normalisation, and the weight files that users own."""
+import argparse
+
 import pytest
 import timm
 import torch
@@ -90,6 +92,28 @@ def test_safetensors_of_vggish_and_of_a_checkpoint_are_read(tmp_path):
     for name in ("weights.safetensors", "checkpoint.pth"):
         encoder = VisualEncoder("resnet10t", str(tmp_path / name))
         assert torch.equal(encoder.net.state_dict()["conv1.0.weight"], state["conv1.0.weight"])
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1), "optimizer": {"state": {}}},
+    lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}, "best_acc1": 0.8},
+    lambda state: {"model_state_dict": state}, lambda state: {"model": {"state_dict": state}}])
+@pytest.mark.parametrize("name, head", [("resnet10t", "fc."), ("pvt_v2_b0", "head.")])
+def test_checkpoints_of_training_runs_are_read_with_and_without_a_head(tmp_path, name, head, wrap):
+    state = timm.create_model(name).state_dict()
+    shown = next(key for key in state if key.endswith("weight") and not key.startswith(head))
+    for kind in ("whole", "headless", "other classes"):
+        kept = {key: value[:7] if key.startswith(head) else value for key, value in state.items()
+                if kind != "headless" or not key.startswith(head)}
+        torch.save(wrap(kept if kind != "whole" else state), tmp_path / "w.pth")
+        read = VisualEncoder(name, str(tmp_path / "w.pth")).net.state_dict()
+        assert torch.equal(next(value for key, value in read.items() if key.replace("_", ".") == shown.replace(
+            "_", ".")), state[shown])
+    del kept[shown]
+    torch.save(wrap(kept), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=f"does not fit {name} .*{shown}") as caught:  # the reason is not cut off
+        VisualEncoder(name, str(tmp_path / "w.pth"))
+    assert "\n" not in str(caught.value)
 
 
 def test_vggish_reads_the_published_layout_and_rejects_another(tmp_path, monkeypatch):

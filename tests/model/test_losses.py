@@ -124,7 +124,7 @@ def test_more_classes_than_queries_match_what_they_can():
 
 def test_the_record_tells_every_term_without_a_graph():
     x = torch.ones((), requires_grad=True)
-    record = Losses(2 * x, {"bce": x * 1}).detached()
+    record = Losses({"bce": 2 * x}, {"bce": x * 1}).detached()
     assert {name: (float(v), v.requires_grad) for name, v in record.items()} == {
         "total": (2.0, False), "bce": (1.0, False)}
 
