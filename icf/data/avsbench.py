@@ -350,6 +350,13 @@ class AVSBench(torch.utils.data.Dataset):
         return replace(clip, negative=True, own_log_mel=clip.log_mel, log_mel=self._examples(index, sound),
                        masks=torch.zeros_like(clip.masks))
 
+    def files(self) -> Iterator[Path]:
+        """Every file that reading all clips would open."""
+        for record in self.records:
+            yield from record.frames[:self.data.frames]
+            yield from (path for path in record.masks[:min(record.labelled, self.data.frames)] if path is not None)
+            yield record.log_mel if self.data.audio_source == "pkl" else record.sound
+
     @property
     def groups(self) -> dict[str, str]:
         return {name: clip["group"] for name, clip in self._entries.items()}

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from icf.config import Config, TrainConfig
-from icf.data import build_dataset, collate
+from icf.data import Batch, build_dataset, collate
 from icf.engine.checkpoint import (
     CONFIG,
     WEIGHTS,
@@ -40,11 +40,14 @@ from icf.engine.checkpoint import (
     states,
     step_of,
 )
+from icf.engine.conditions import conditions
 from icf.engine.evaluate import evaluate, validate
 from icf.engine.gradients import gradient_norms
 from icf.engine.results import HISTORY
 from icf.files import write_atomic
+from icf.machine import readers
 from icf.model.build import build_model
+from icf.model.losses import OBJECTIVE
 from icf.ops import use_backend
 
 
@@ -53,7 +56,7 @@ class Progress:
     """How far a run has come; saved with every training state, so that a resumed run goes on where it stopped."""
 
     epoch: int = 0  # epochs finished
-    batch: int = 0  # batches of the current epoch finished, on each process
+    seen: int = 0  # clips of the current epoch that all processes together have been through
     step: int = 0  # optimiser steps
     best: float = -1.0  # highest J&F on the validation split
     steps: list[dict] = field(default_factory=list)  # losses and learning rate, every train.log_every steps
@@ -108,7 +111,8 @@ def train(cfg: Config, resume: bool = False) -> dict:
 
 def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
     with accelerator.main_process_first():  # which writes the toy benchmark where it is missing
-        train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
+        train_set, val_set, test_set = (build_dataset(cfg.data, split) for split in ("train", "val", "test"))
+    check_data(cfg, train_set, val_set, test_set)
     train_set.seed = cfg.train.seed
     sampler = EpochSampler(len(train_set), cfg.train.seed)
     loader = build_loader(train_set, cfg, sampler)
@@ -128,7 +132,8 @@ def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
     progress = Progress()
     if resume:
         load_state(accelerator, newest_state(cfg.out), schedule=schedule, progress=progress)
-    else:
+    write_config(accelerator, cfg)  # what was asked for has passed all checks: the first change to the run's folder
+    if not resume:
         save_state(accelerator, cfg.out, progress.step, schedule=schedule, progress=progress)  # something to resume
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
 
@@ -137,11 +142,12 @@ def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
         while progress.epoch < epochs and progress.step < total_steps:
             loader.set_epoch(progress.epoch)  # and of the data set; by itself it counts from the epoch resumed in
             sampler.epoch = progress.epoch
-            sampler.start = progress.batch * cfg.train.batch * accelerator.num_processes
+            sampler.start = progress.seen
             if train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, total_steps, bar, stopping):
                 save_state(accelerator, cfg.out, progress.step, schedule=schedule, progress=progress)
                 raise KeyboardInterrupt(f"stopped and saved; icf train --resume {cfg.out} goes on")
-            progress.epoch, progress.batch = progress.epoch + 1, 0
+            through = progress.seen >= len(train_set)  # else train.iters ends within the epoch, which may go on later
+            progress.epoch, progress.seen = (progress.epoch + 1, 0) if through else (progress.epoch, progress.seen)
             finished = progress.epoch >= epochs or progress.step >= total_steps
             if finished or (cfg.train.evaluate_every and progress.epoch % cfg.train.evaluate_every == 0):
                 validation(accelerator, model, val_set, cfg, progress)
@@ -150,21 +156,53 @@ def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
 
 
 def start(cfg: Config, resume: bool) -> Accelerator:
-    """The accelerator, in a run folder that holds the configuration."""
+    """The accelerator of a run whose folder has, or has not, something to resume."""
     no_device = not torch.accelerator.is_available()  # told, several processes share the work on CPUs too
-    accelerator = Accelerator(cpu=no_device, mixed_precision=cfg.train.amp,
-                              gradient_accumulation_steps=cfg.train.accumulate, log_with="tensorboard",
+    accelerator = Accelerator(cpu=no_device, mixed_precision=cfg.train.amp, log_with="tensorboard",
                               project_dir=str(cfg.out), dataloader_config=DataLoaderConfiguration(non_blocking=True))
     if resume:
         newest_state(cfg.out)
     elif states(cfg.out) or (cfg.out / WEIGHTS).exists():
         raise FileExistsError(f"{cfg.out} holds a run already: --resume {cfg.out} goes on with it, --out names another "
                               "folder, or remove it")
+    return accelerator
+
+
+def check_data(cfg: Config, *splits: Dataset) -> None:
+    """What would end the run after hours, or its report after all of them, is said before the first step.
+
+    Raises:
+        ValueError: a split has no clips, or other classes than the model.
+        FileNotFoundError: files of clips are missing; the message counts them and names the first ones.
+    """
+    classes = cfg.model.classes
+    for data in splits:
+        if not len(data):
+            raise ValueError(f"data: the {data.split} split of {data.root} has no clips; training needs clips of each "
+                             "split: train, val and test")
+        if len(data.classes) != (0 if classes == 1 else classes):
+            names = f"{len(data.classes)}: {', '.join(data.classes[:5])}, .." if data.classes else "1, a foreground"
+            raise ValueError(f"model.classes: expected that of the {data.split} split of {data.root} ({names}), got "
+                             f"{classes}")
+    try:
+        conditions(splits[-1], cfg, cfg.eval.negatives)
+    except ValueError as error:
+        raise ValueError(f"eval.negatives: the report of the test split needs what it has not: {error}; "
+                         "--eval.negatives '[]' does without") from None
+    sounds = [record.sound for record in splits[-1].records] if cfg.eval.negatives else []  # to pair test clips anew
+    files = chain(sounds, *(data.files() for data in splits))
+    missing = sorted({str(path) for path in files if not path.is_file()})
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} files of the data set are missing, as {', '.join(missing[:3])}; icf "
+                                f"data check {cfg.data.root} --subset {cfg.data.subset} lists them")
+
+
+def write_config(accelerator: Accelerator, cfg: Config) -> None:
+    """The resolved configuration, in the run's folder, from which what a killed process left is removed."""
     if accelerator.is_main_process:
         remove_partial(cfg.out)
         write_atomic(cfg.out / CONFIG, lambda path: path.write_text(yaml.safe_dump(cfg.to_dict(), sort_keys=False)))
     accelerator.wait_for_everyone()
-    return accelerator
 
 
 def newest_state(run: Path) -> Path:
@@ -199,7 +237,7 @@ def machine_errors(run: Path) -> Iterator[None]:
 
 def build_loader(dataset: Dataset, cfg: Config, sampler: Sampler) -> DataLoader:
     """Batches of clips, read by ``data.workers`` processes into pinned memory where a GPU will take them."""
-    workers = cfg.data.workers if cfg.data.workers is not None else min(4, len(os.sched_getaffinity(0)) // 2)
+    workers = readers(cfg.data.workers)
     return DataLoader(dataset, cfg.train.batch, sampler=sampler, num_workers=workers, collate_fn=collate,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
 
@@ -248,14 +286,13 @@ def lr_factor(train: TrainConfig, step: int, total: int) -> float:
 def train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, total_steps, bar, stopping) -> bool:
     """The rest of the epoch that ``progress`` stands in. Returns early, with True, where a stop was asked for."""
     model.train()
-    for batch in loader:
-        # What is random in a step depends on (seed, step, process) alone, so a resumed run needs no generator states.
-        torch.manual_seed((cfg.train.seed * 1_000_003 + progress.step) * 1009 + accelerator.process_index)
+    batches = iter(loader)
+    while group := list(islice(batches, cfg.train.accumulate)):
+        # What is random in a step depends on (seed, step) alone, so a resumed run needs no generator states.
         norms = cfg.train.gradient_norms and (progress.step + 1) % (10 * cfg.train.log_every) == 0
-        losses = train_step(accelerator, model, batch, optimizer, schedule, cfg.train.clip, norms)
-        progress.batch += 1
-        if not accelerator.sync_gradients:
-            continue
+        losses = train_step(accelerator, model, group, optimizer, schedule, cfg.train.clip,
+                            cfg.train.seed * 1_000_003 + progress.step, norms)
+        progress.seen += len(group) * cfg.train.batch * accelerator.num_processes
         progress.step += 1
         bar.update()
         due = progress.step % cfg.train.log_every == 0
@@ -270,21 +307,42 @@ def train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, 
     return False
 
 
-def train_step(accelerator: Accelerator, model, batch, optimizer, schedule, clip: float,
-               norms: bool = False) -> dict[str, Tensor]:
-    """One batch: forward, backward, and, when enough gradients have been added up, a step of the optimiser; with the
-    `norms` of the gradients of its terms among the losses."""
-    with accelerator.accumulate(model):
-        losses = model(batch)
-        losses.terms.update(gradient_norms(accelerator.unwrap_model(model), losses) if norms else {})
-        accelerator.backward(losses.total)
-        if accelerator.sync_gradients:
-            if clip:
-                accelerator.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-    return losses.detached()
+def train_step(accelerator: Accelerator, model, group: Sequence[Batch], optimizer, schedule, clip: float,
+               seed: int = 0, norms: bool = False) -> dict[str, Tensor]:
+    """A step of the optimiser on the batches of a group (``train.accumulate``) and of all processes: their gradients
+    add up to that of one large batch, but for the contrast, whose negatives are those of a batch. With the `norms` of
+    the gradients of its terms among the losses."""
+    losses = []
+    for place, (batch, share) in enumerate(zip(group, shares(accelerator, model, group), strict=True)):
+        # Batches and processes draw their own numbers; the primes keep steps and processes apart.
+        torch.manual_seed(seed * 1009 + place * accelerator.num_processes + accelerator.process_index)
+        with nullcontext() if place == len(group) - 1 else accelerator.no_sync(model):
+            own = model(batch)
+            own.terms.update(gradient_norms(accelerator.unwrap_model(model), own) if norms else {})
+            own = own.shared(share)
+            accelerator.backward(own.total)
+        losses.append(own.detached())
+    if clip:
+        accelerator.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {name: sum(row[name] for row in losses) for name in losses[0]}
+
+
+def shares(accelerator: Accelerator, model, group: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """What the terms of each batch of a group are to be multiplied by. A term is a mean over what it counts, pixels or
+    frames; weighed by that, the means add up to the mean over the group and over all processes."""
+    processes = accelerator.num_processes
+    if len(group) * processes == 1:
+        return [{}]
+    counts = [accelerator.unwrap_model(model).counts(batch) for batch in group]
+    names = list(counts[0])
+    own = torch.stack([torch.stack([count[name] for name in names]) for count in counts]).float()  # [batches, terms]
+    whole = accelerator.reduce(own.sum(0), "sum").clamp(min=1e-6)
+    weighed = own * processes / whole                                       # DDP divides by the processes
+    rest = weighed.new_tensor(1 / len(group))
+    return [{OBJECTIVE: rest, **dict(zip(names, row, strict=True))} for row in weighed]
 
 
 def log(accelerator: Accelerator, losses: dict[str, Tensor], schedule: LambdaLR, progress: Progress, bar) -> None:
@@ -344,7 +402,8 @@ def stop_requested(accelerator: Accelerator):
             return bool(received)
         return bool(accelerator.reduce(torch.tensor(len(received), device=accelerator.device)).item())
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()  # only there Python takes handlers
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM) if main}
     try:
         yield stopping
     finally:

@@ -39,9 +39,10 @@ class Losses(NamedTuple):
         return Losses({**self.parts, OBJECTIVE: other["total"]}, {**self.terms, **terms})
 
     def shared(self, shares: Mapping[str, Tensor]) -> Losses:
-        """Parts and terms times their shares, by name; those without a share of their own have the objective's."""
+        """Parts and terms times their shares, by name; those without a share of their own have the objective's. Without
+        any shares, the losses as they are."""
         return Losses(*({name: value * shares.get(name, shares[OBJECTIVE]) for name, value in values.items()}
-                        for values in self))
+                        for values in self)) if shares else self
 
     def detached(self) -> dict[str, Tensor]:
         """`total` and the terms without graph, still on their device."""

@@ -69,7 +69,7 @@ class Step:
     def __call__(self) -> dict[str, Tensor]:
         """The losses of one step, once the device has finished it."""
         with record_function(WHOLE):
-            losses = train_step(self.accelerator, self.model, self.batch, self.optimizer, self.schedule,
+            losses = train_step(self.accelerator, self.model, [self.batch], self.optimizer, self.schedule,
                                 self.cfg.train.clip)
             if self.device.type != "cpu":
                 torch.accelerator.synchronize()
