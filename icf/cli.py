@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from icf.config import SUBSETS, ComposeConfig, Config, ToyConfig, build_config, config_parser
+from icf.machine import pick_device
 
 DEFAULT_PRESET = "toy-ms3"
 USAGE = """usage: icf COMMAND ...
@@ -133,17 +134,17 @@ def evaluate(args: list[str]) -> None:
         return [config_of(Path(options.target))] if options.target else []
 
     options, cfg = parse(own, args, base)
-    if options.target and not any(arg.startswith("--out") for arg in args):  # beside the weights, wherever they are now
-        run_folder = Path(options.target)
-        cfg.out = run_folder if run_folder.is_dir() else run_folder.parent
-        cfg.out = cfg.out if options.split == "test" else cfg.out / options.split
     from icf.engine.evaluate import evaluate as run
     from icf.engine.evaluate import evaluate_masks
+    from icf.engine.results import scores_folder
+    device = pick_device(options.device)
+    if options.target and not any(arg.startswith("--out") for arg in args):  # beside the weights, wherever they are now
+        cfg.out = scores_folder(Path(options.target), cfg, options.split, options.masks)
     if options.masks is not None:
         evaluate_masks(options.masks, cfg, options.split, cfg.out)
-        return
-    device = pick_device(options.device)
-    run(load(options.target, device), cfg, options.split, cfg.out, device=device, save_masks=options.save_masks)
+    else:
+        run(load(options.target, device), cfg, options.split, cfg.out, device=device, save_masks=options.save_masks)
+    print(f"scores and report: {cfg.out}")
 
 
 def export(args: list[str]) -> None:
@@ -314,13 +315,14 @@ def profile(args: list[str]) -> None:
     options, cfg = parse(own, args, lambda options: [preset_file(options.target or DEFAULT_PRESET)])
     if options.steps < 1:
         raise ValueError(f"profile: --steps must be at least 1, got {options.steps}")
+    device = pick_device(options.device)
     from icf.ops import use_backend
     from icf.studies import profile as profiling
     with use_backend(cfg.backend):
         if options.nvtx:
-            profiling.emit_nvtx(cfg, options.steps, options.device)
+            profiling.emit_nvtx(cfg, options.steps, device)
         else:
-            profiling.profile(cfg, options.trace or cfg.out / "trace.json", options.steps, options.device)
+            profiling.profile(cfg, options.trace or cfg.out / "trace.json", options.steps, device)
 
 
 def bench(args: list[str]) -> None:
@@ -384,12 +386,6 @@ def shown_log():
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
-
-
-def pick_device(name: str | None) -> str:
-    """The device asked for, or a GPU if there is one."""
-    import torch
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load(source: str | Path, device: str):

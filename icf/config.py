@@ -14,6 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from icf.files import read_yaml
 
+FREE = ("out", "data.workers", "data.cache", "train.log_every", "train.save_every", "eval.batch")  # change no result
 SUBSETS = ("s4", "ms3", "avss", "folder")
 Subset = Literal["s4", "ms3", "avss", "folder"]
 
@@ -593,6 +594,12 @@ class Config:
         """Plain values, as JSON and YAML hold them."""
         return _plain(asdict(self))
 
+    def differences(self, other: Config) -> dict[str, tuple[object, object]]:
+        """Fields, as `train.lr`, in which another configuration gives other results: its value, and the own one."""
+        there, here = _flat(other.to_dict()), _flat(self.to_dict())
+        return {key: (there.get(key), here.get(key)) for key in {**here, **there}
+                if key not in FREE and there.get(key) != here.get(key)}
+
     @classmethod
     def from_dict(cls, values: dict) -> Config:
         """The inverse of :meth:`to_dict`; raises ValueError where a key is unknown or a value of the wrong type."""
@@ -602,6 +609,13 @@ class Config:
             return build_config(parser, parser.parse_object(values))
         except ArgumentError as error:
             raise ValueError(f"configuration: {error}") from None
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 class ConfigFile(ActionConfigFile):

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +18,7 @@ from icf import __version__
 from icf.config import Config
 from icf.data.audio import RESAMPLER
 from icf.data.avsbench import read_manifest
+from icf.engine.checkpoint import WEIGHTS, read_config
 from icf.engine.conditions import SEED, UNHEARD
 from icf.engine.metrics import combined_score
 from icf.engine.tally import BINARY_DEFAULT, SEMANTIC_DEFAULT, Negative, Tally
@@ -24,6 +27,26 @@ from icf.files import read_json, write_atomic
 SCORES = ("J&F", "J", "F")
 HISTORY = "metrics.json"                        # of a training run, in its folder
 RESULTS = "results.json"                        # of an evaluation, in its folder
+
+
+def scores_folder(source: Path, cfg: Config, split: str, masks: Path | None = None) -> Path:
+    """Where the scores of an evaluation belong. The folder of a run holds the test of its best weights with its own
+    settings, a folder in it those of its other splits; whatever differs from that has a folder of its own, by name.
+
+    Args:
+        source: a run folder or weights file.
+        cfg: that the evaluation has.
+        masks: that are scored instead of the model's.
+    """
+    run = source if source.is_dir() else source.parent
+    other = [] if source.is_dir() or source.name == WEIGHTS else [source.stem]
+    other += [] if masks is None else [f"masks={masks}"]
+    other += [f"{key}={here}" for key, (_, here) in cfg.differences(read_config(source)).items()]
+    if not other:
+        return run if split == "test" else run / split
+    name = ",".join(other)
+    words = re.sub(r"[^\w.,=-]+", "_", name)[:60].strip("_,.")
+    return run / "evaluations" / f"{split},{words}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def assemble(

@@ -148,7 +148,7 @@ class ICF(nn.Module):
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """What each segmentation term of a batch is a mean over, 0-dim, to weigh batches of one step by."""
         masks = batch.masks.flatten(0, 1)[batch.labelled]
-        return dense_counts(masks) if self.dense else matched_counts(masks, self.classes, self.decoder.queries)
+        return dense_counts(masks) if self.dense else matched_counts(masks, self.classes, len(self.decoder.queries))
 
     def _predict(self, decoded: Decoded, size: tuple[int, int]) -> Tensor:
         """[M,1,H,W] logits, or [M,K,H,W] sum over queries of p(class) sigmoid(mask), at the size of the frames."""

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -27,7 +27,6 @@ from icf.engine.train import train
 from icf.files import write_atomic
 from icf.studies.paper import FIGURE_5, TABLE_2, Scores, Sweep
 
-FREE = ("out", "data.workers", "data.cache", "train.log_every", "train.save_every", "eval.batch")  # may differ
 NOT_RUN = "not run"
 INK = {"icf": "#26a69a", "baseline": "#808a96"}
 
@@ -184,9 +183,8 @@ def check_same(cfg: Config) -> None:
     """Raise ValueError where the run's folder holds a run of other settings, which would make the table a mixture."""
     if not (cfg.out / CONFIG).is_file():
         return
-    there, here = _flat(read_config(cfg.out).to_dict()), _flat(cfg.to_dict())
-    if different := [key for key in here if here[key] != there.get(key) and key not in FREE]:
-        shown = ", ".join(f"{key} is {there.get(key)} there and {here[key]} here" for key in different[:3])
+    if different := cfg.differences(read_config(cfg.out)):
+        shown = ", ".join(f"{key} is {there} there and {here} here" for key, (there, here) in [*different.items()][:3])
         raise ValueError(f"{cfg.out} is a run of other settings: {shown}; --out names another folder")
 
 
@@ -202,19 +200,39 @@ def disturb(study: Study, cfg: Config, device: str) -> None:
         evaluate(model, disturbed, "test", folder, device, progress=False, report=False)
 
 
-def measured(line: Line, out: Path, data: DataConfig) -> dict[int, Scores]:
-    """The scores of a line in per cent, by seed.
+def measured(line: Line, out: Path, study: Study) -> dict[int, Scores]:
+    """The scores of a line in per cent, by seed. A folder counts if it holds a run of the line's whole configuration,
+    the seed aside; others are told of and left out.
 
     Raises:
         ValueError: results of another data set or disturbance, or without defined scores.
     """
     found = {}
-    for run in out.glob(f"{line.run}-*"):
+    for run in sorted(out.glob(f"{line.run}-*")):
         seed = run.name.removeprefix(f"{line.run}-")
         path = line.folder(out, seed) / RESULTS
-        if seed.isdigit() and path.is_file():
-            found[int(seed)] = _scores(path, line, data)
+        if seed.isdigit() and path.is_file() and belongs(run, int(seed), study.configs.get(line.run)):
+            found[int(seed)] = _scores(path, line, study.data)
     return dict(sorted(found.items()))
+
+
+@lru_cache
+def told(what: str) -> None:
+    """Say something once."""
+    print(what, flush=True)
+
+
+def belongs(run: Path, seed: int, cfg: Config | None) -> bool:
+    """Whether a run has the configuration of its row and the seed of its name."""
+    if cfg is None or not (run / CONFIG).is_file():
+        told(f"{run} is left out of the table: " + ("the row is not part of this study" if cfg is None else
+                                                    f"it holds no {CONFIG}"))
+        return False
+    different = replace(cfg, train=replace(cfg.train, seed=seed)).differences(read_config(run))
+    if different:
+        shown = ", ".join(f"{key} is {there} there and {here} here" for key, (there, here) in [*different.items()][:3])
+        told(f"{run} is left out of the table, a run of other settings: {shown}")
+    return not different
 
 
 def _scores(path: Path, line: Line, data: DataConfig) -> Scores:
@@ -233,19 +251,12 @@ def _scores(path: Path, line: Line, data: DataConfig) -> Scores:
     return tuple(100 * results.scores[key] for key in SCORES)
 
 
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 # Tables
 
 
 def write(study: Study, out: Path) -> list[dict]:
     """Write the tables of what has been measured so far; returns what the JSON file holds of each line."""
-    scores = [measured(line, out, study.data) for line in study.lines]
+    scores = [measured(line, out, study) for line in study.lines]
     rows = [_row(line, found) for line, found in zip(study.lines, scores, strict=True)]
     if study.name == "table-2":
         add_gains(rows, study, out)
@@ -274,7 +285,7 @@ def add_gains(rows: list[dict], study: Study, out: Path) -> None:
     baseline = next(row for row in TABLE_2 if row.ablation == "baseline")
     dataset = _comparable(study.data)
     reference = {"M3": baseline.m3, "AVSS": baseline.avss}[dataset][0]
-    own = measured(Line(baseline.block, baseline.setting, baseline.ablation, {}), out, study.data)
+    own = measured(Line(baseline.block, baseline.setting, baseline.ablation, {}), out, study)
     for row in rows:
         found = row["measured"] or {"seeds": [], "J&F": {"values": []}}
         gains = [score - own[seed][0] for seed, score in zip(found["seeds"], found["J&F"]["values"], strict=True)

@@ -4,7 +4,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from icf.config import LossConfig
 from icf.data import Batch
 from icf.engine.train import shares, train_step
 from icf.model.icf import ICF
