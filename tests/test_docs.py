@@ -19,7 +19,8 @@ NARROW = [page for page in PAGES if page.parent in (ROOT, ROOT / "docs")]
 NAMES = {"PRESET": "toy-ms3", "NAME": "icf", "SUBSET": "s4", "SECONDS": "1"}  # that stand for what a reader chooses
 SECTIONS = {"data", "model", "loss", "objective", "train", "eval", "context", "decoder", "mit", "sc", "cdcl"}
 RUNNERS = ("icf.engine.train.train", "icf.engine.evaluate.evaluate", "icf.engine.evaluate.evaluate_masks",
-           "icf.engine.predict.predict", "icf.engine.checkpoint.export", "icf.engine.checkpoint.read_notes",
+           "icf.engine.predict.predict", "icf.engine.results.scores_folder", "icf.engine.checkpoint.export",
+           "icf.engine.checkpoint.read_notes",
            "icf.studies.ablate.ablate", "icf.studies.ablate.table_2", "icf.studies.ablate.figure_5",
            "icf.studies.bench.report", "icf.studies.bench.run", "icf.studies.compare.compare",
            "icf.studies.profile.profile", "icf.studies.profile.emit_nvtx", "icf.data.check.check",
@@ -159,6 +160,8 @@ CODE = [(page, block) for page in PAGES
 
 @pytest.mark.parametrize("page, code", CODE, ids=[f"{page.stem}-{i}" for i, (page, _) in enumerate(CODE)])
 def test_python_code_runs(page, code):
+    if "mmcv" in code:
+        pytest.importorskip("mmcv")
     with use_backend("auto"):
         exec(compile(code, str(page), "exec"), {})
 

@@ -109,7 +109,8 @@ def ms_deform_attn_fused(value: Tensor, spatial_shapes: Shapes, reference_points
     points = reference_points.to(torch.promote_types(cast.dtype, torch.float32))  # few, and worth more than 16 bits
     points = _unit_stride(points).expand(B, Q, L, -1)
     sizes, prepared = sum(sizes, ()), (cast, points, offsets, logits)
-    if signature and all(a.data_ptr() == b.data_ptr() for a, b in zip(prepared, tensors, strict=True)):
+    if signature and all((a.dtype, a.data_ptr()) == (b.dtype, b.data_ptr())  # of nothing, all addresses are the same
+                         for a, b in zip(prepared, tensors, strict=True)):
         remember(signature, (chosen, sizes, points.shape, offsets.shape))
     return call(op, chosen, cast, sizes, points, offsets, logits).to(value.dtype)
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import icf
-from icf.ops import gaussian_wasserstein, gram_schmidt, ms_deform_attn, orthogonal_blend, use_backend
+from icf.ops import (
+    gaussian_wasserstein,
+    gram_schmidt,
+    ms_deform_attn,
+    ms_deform_attn_fused,
+    orthogonal_blend,
+    use_backend,
+)
 from icf_kernels._common import backend as backends
 from icf_kernels._common.testing import Calls
 
@@ -192,6 +199,15 @@ def test_sizes_in_a_tensor_are_read_at_each_call():
     second = ms_deform_attn(VALUE, shapes, None, LOCATIONS, WEIGHTS)
     torch.testing.assert_close(second, ms_deform_attn(VALUE, [[3, 2]], None, LOCATIONS, WEIGHTS, backend="reference"))
     assert not torch.equal(first, second)
+
+
+@needs_cpp
+def test_of_tensors_without_elements_as_much_is_prepared_the_second_time():
+    """Their addresses do not tell one from its copy in another dtype."""
+    value, points = torch.randn(2, 6, 2, 8).half(), torch.rand(2, 0, 1, 2).half()
+    for _ in range(3):
+        out = ms_deform_attn_fused(value, [(3, 2)], points, torch.zeros(2, 0, 12).half(), torch.zeros(2, 0, 6).half())
+        assert out.shape == (2, 0, 16) and out.dtype == torch.float16
 
 
 @needs_cpp
