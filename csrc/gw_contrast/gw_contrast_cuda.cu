@@ -238,7 +238,8 @@ __global__ void __launch_bounds__(kWarp) shared_pairs_kernel(Pairs<T> pairs) {
   for (int e = lane; e < rows * cols; e += kWarp) a[e / rows * row_step + e % rows] *= scale;
   for (int e = lane; e < cols * cols; e += kWarp) v[e / cols * v_step + e % cols] = T(e % (cols + 1) == 0);
   const int players = cols + cols % 2;
-  for (int sweep = 0; sweep < kSweeps<T>; ++sweep) {
+  const T tolerance = orthogonal<T>(rows);
+  for (int sweep = 0; sweep < kSweeps; ++sweep) {
     __syncwarp();
     for (int c = lane; c < cols; c += kWarp) norm[c] = squared_norm<0, T>(a + c * row_step, rows);
     bool active = false;
@@ -248,15 +249,17 @@ __global__ void __launch_bounds__(kWarp) shared_pairs_kernel(Pairs<T> pairs) {
         int p, q;
         tournament_pair(round, table, players, p, q);
         if (q >= cols) continue;  // an odd number of columns leaves one out
-        T cosine, sine;
-        if (!angle<0, T>(a + p * row_step, a + q * row_step, rows, norm[p], norm[q], cosine, sine)) continue;
+        T sine, tau;
+        if (!angle<0, T>(a + p * row_step, a + q * row_step, rows, tolerance, norm[p], norm[q], sine, tau)) continue;
         active = true;
-        turn<0, T>(a + p * row_step, a + q * row_step, rows, cosine, sine);
-        turn<0, T>(v + p * v_step, v + q * v_step, cols, cosine, sine);
+        turn<0, T>(a + p * row_step, a + q * row_step, rows, sine, tau);
+        turn<0, T>(v + p * v_step, v + q * v_step, cols, sine, tau);
       }
     }
     if (!__any_sync(kAllLanes, active)) break;
   }
+  __syncwarp();
+  for (int c = lane; c < cols; c += kWarp) norm[c] = squared_norm<0, T>(a + c * row_step, rows);
   __syncwarp();
   T maximum = 0, total = 0;
   for (int c = 0; c < cols; ++c) maximum = norm[c] > maximum ? norm[c] : maximum;

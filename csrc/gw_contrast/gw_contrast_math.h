@@ -35,8 +35,7 @@ template <typename V>
 constexpr int kLanes = sizeof(V) / sizeof(lane_t<V>);
 template <typename V>
 constexpr lane_t<V> kEpsilon = std::is_same_v<lane_t<V>, double> ? lane_t<V>(2.220446049250313e-16) : lane_t<V>(1.1920929e-7);
-template <typename V>
-constexpr int kSweeps = std::is_same_v<lane_t<V>, double> ? 16 : 12;  // twice what random matrices of order 30 take
+constexpr int kSweeps = 30;  // three times what matrices of order 63 take
 
 template <typename V>
 ICF_INLINE V square_root(const V& x) {
@@ -111,42 +110,53 @@ ICF_INLINE void tournament_pair(int round, int table, int players, int& p, int& 
   }
 }
 
-// The plane rotation that makes two columns orthogonal, from their squared norms a, b and product g: tangent, cosine.
+// The square of |g| / sqrt(a b) below which two columns count as orthogonal: what rounding leaves of a sum of `rows`.
 template <typename V>
-ICF_INLINE auto rotation(const V& a, const V& b, const V& g, V& tangent, V& cosine) {
+ICF_INLINE lane_t<V> orthogonal(int rows) {
   using S = lane_t<V>;
-  constexpr S kTolerance = 2 * kEpsilon<V>;  // |g| / sqrt(a b) that counts as orthogonal
-  constexpr S kTiny = std::is_same_v<S, double> ? S(1e-300) : S(1e-36);
+  return kEpsilon<V> * kEpsilon<V> * (rows > 16 ? S(rows) / 4 : S(4));
+}
+
+// The plane rotation that makes two columns orthogonal, from their squared norms a, b and product g: its tangent, sine,
+// and the sine's share tau = sine / (1 + cosine). Columns are scaled so that the largest is near 1: one below
+// an epsilon of that is rounding error, and counts as orthogonal to all others.
+template <typename V>
+ICF_INLINE auto rotation(const V& a, const V& b, const V& g, lane_t<V> tolerance, V& tangent, V& sine, V& tau) {
+  using S = lane_t<V>;
+  constexpr S kNull = kEpsilon<V> * kEpsilon<V>;
   const V zero = V{}, one = zero + S(1);
-  const auto turn = g * g > kTolerance * kTolerance * a * b + kTiny;
+  const auto turn = (g * g > tolerance * a * b) & (a > kNull) & (b > kNull);
   const V difference = b - a;
   const V root = square_root<V>(difference * difference + 4 * g * g);
   const V divisor = difference < 0 ? difference - root : difference + root;
   tangent = turn ? 2 * g / (turn ? divisor : one) : zero;
-  cosine = one / square_root<V>(one + tangent * tangent);
+  const V secant = square_root<V>(one + tangent * tangent);
+  sine = tangent / secant;
+  tau = tangent / (one + secant);
   return turn;
 }
 
 // The rotation that makes two columns orthogonal; their squared norms follow it.
 template <int ROWS, typename V>
-ICF_INLINE auto angle(const V* x, const V* y, int rows, V& x_norm, V& y_norm, V& cosine, V& sine) {
-  V g = V{};
+ICF_INLINE auto angle(const V* x, const V* y, int rows, lane_t<V> tolerance, V& x_norm, V& y_norm, V& sine, V& tau) {
+  V g = V{}, tangent;
   ICF_UNROLL
   for (int r = 0; r < (ROWS ? ROWS : rows); ++r) g += x[r] * y[r];
-  const auto turning = rotation<V>(x_norm, y_norm, g, sine, cosine);
-  x_norm -= sine * g;  // still the tangent
-  y_norm += sine * g;
-  sine *= cosine;
+  const auto turning = rotation<V>(x_norm, y_norm, g, tolerance, tangent, sine, tau);
+  x_norm -= tangent * g;
+  y_norm += tangent * g;
   return turning;
 }
 
+// (cosine x - sine y, sine x + cosine y), by what is to be added: a small angle then leaves the norms as they are, where
+// the cosine would be rounded to 1.
 template <int ROWS, typename V>
-ICF_INLINE void turn(V* x, V* y, int rows, const V& cosine, const V& sine) {
+ICF_INLINE void turn(V* x, V* y, int rows, const V& sine, const V& tau) {
   ICF_UNROLL
   for (int r = 0; r < (ROWS ? ROWS : rows); ++r) {
     const V old = x[r];
-    x[r] = cosine * old - sine * y[r];
-    y[r] = sine * old + cosine * y[r];
+    x[r] -= sine * (y[r] + tau * old);
+    y[r] += sine * (old - tau * y[r]);
   }
 }
 
@@ -172,20 +182,22 @@ ICF_INLINE V squared_norm(const V* column, int rows) {
 // One-sided Jacobi: turns the columns of a, `cols` columns of `rows` each, into singular values times left singular
 // vectors, and those of v into right singular vectors; squared singular values in norm. ROWS and COLS, if not 0, are
 // known when compiled. RING, for registers: the columns move on after each round, so that the pairs stay where they are
-// and the code of one round serves all.
+// and the code of one round serves all. Returns the sweeps that it took.
 template <int ROWS, int COLS, bool RING, typename V>
-ICF_INLINE void jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
+ICF_INLINE int jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
   if (ROWS) rows = ROWS;
   if (COLS) cols = COLS;
   const int players = cols + cols % 2;
-  V *const cosines = norm + cols, *const sines = cosines + players / 2;
+  const lane_t<V> tolerance = orthogonal<V>(rows);
+  V *const sines = norm + cols, *const taus = sines + players / 2;
   ICF_UNROLL
   for (int i = 0; i < cols * cols; ++i) v[i] = V{} + lane_t<V>(i % (cols + 1) == 0);
+  int sweep = 0;
   ICF_ROLLED
-  for (int sweep = 0; sweep < kSweeps<V>; ++sweep) {
+  for (bool active = true; active && sweep < kSweeps; ++sweep) {
+    active = false;
     ICF_UNROLL
     for (int c = 0; c < cols; ++c) norm[c] = squared_norm<ROWS, V>(a + c * rows, rows);
-    bool active = false;
     ICF_ROLLED
     for (int round = 0; round < players - 1; ++round) {
       decltype(*norm < *norm) turning{};  // all angles of a round first: their long latencies overlap
@@ -194,7 +206,7 @@ ICF_INLINE void jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
         int p, q;
         tournament_pair(RING ? 0 : round, table, players, p, q);
         if (q >= cols) continue;  // an odd number of columns leaves one out
-        turning |= angle<ROWS, V>(a + p * rows, a + q * rows, rows, norm[p], norm[q], cosines[table], sines[table]);
+        turning |= angle<ROWS, V>(a + p * rows, a + q * rows, rows, tolerance, norm[p], norm[q], sines[table], taus[table]);
       }
       const bool turns = any(turning);
       active |= turns;
@@ -203,8 +215,8 @@ ICF_INLINE void jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
         int p, q;
         tournament_pair(RING ? 0 : round, table, players, p, q);
         if (q >= cols) continue;
-        turn<ROWS, V>(a + p * rows, a + q * rows, rows, cosines[table], sines[table]);
-        if (with_v) turn<COLS, V>(v + p * cols, v + q * cols, cols, cosines[table], sines[table]);
+        turn<ROWS, V>(a + p * rows, a + q * rows, rows, sines[table], taus[table]);
+        if (with_v) turn<COLS, V>(v + p * cols, v + q * cols, cols, sines[table], taus[table]);
       }
       if constexpr (RING) {
         move_on<ROWS, V>(a, rows, players - 1);
@@ -212,8 +224,10 @@ ICF_INLINE void jacobi(V* a, V* v, V* norm, int rows, int cols, bool with_v) {
         move_on<1, V>(norm, 1, players - 1);
       }
     }
-    if (!active) break;
   }
+  ICF_UNROLL
+  for (int c = 0; c < cols; ++c) norm[c] = squared_norm<ROWS, V>(a + c * rows, rows);
+  return sweep;
 }
 
 // f(sigma) and f'(sigma) / sigma for the squared singular value `square`.
