@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from icf.ops import gw_contrast
+from icf.ops import gaussian_wasserstein, gw_contrast
 
 SIZES = [(8, 5, 256), (128, 5, 256), (8, 10, 256), (32, 10, 256), (128, 10, 256), (512, 10, 256),
          (32, 10, 128), (32, 10, 512), (32, 10, 1024)]
@@ -167,6 +168,21 @@ def bench_whole_loss(benchmark, B, T, d):
             sizes = sorted(size for size in OURS if size[:i] + size[i + 1:] == fixed)
             print(f"us per pair as {what} grows: "
                   + ", ".join(f"{size[i]}: {1e6 * OURS[size] / size[0] ** 2:.2f}" for size in sizes))
+
+
+@pytest.mark.parametrize("d", [64, 512])
+@pytest.mark.parametrize("T", [48, 64, 96, 200])
+def bench_frames(benchmark, T, d):
+    """Distances of clips of many frames, 4 against 4: where plain PyTorch begins to be faster than the C++ kernel."""
+    x, y = frames(4, T, d, 1), frames(4, T, d, 2)
+    versions = {name: partial(gaussian_wasserstein, backend=name) for name in ("cpp", "reference")}
+    pairs = [{name: seconds(version, x, y) for name, version in versions.items()} for _ in range(4)][1:]
+    medians = {name: statistics.median(pair[name] for pair in pairs) for name in versions}
+    benchmark.group = f"gaussian_wasserstein, T={T}, d={d}"
+    benchmark.extra_info.update(milliseconds={name: round(1e3 * s, 2) for name, s in medians.items()},
+                                threads=torch.get_num_threads(), torch=torch.__version__, dtype="float32")
+    print(f"\n{benchmark.group}: {benchmark.extra_info['milliseconds']}")
+    benchmark.pedantic(lambda: seconds(gaussian_wasserstein, x, y), rounds=2)
 
 
 if __name__ == "__main__":

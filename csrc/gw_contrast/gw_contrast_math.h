@@ -123,9 +123,9 @@ ICF_INLINE lane_t<V> orthogonal(int rows) {
 template <typename V>
 ICF_INLINE auto rotation(const V& a, const V& b, const V& g, lane_t<V> tolerance, V& tangent, V& sine, V& tau) {
   using S = lane_t<V>;
-  constexpr S kNull = kEpsilon<V> * kEpsilon<V>;
-  const V zero = V{}, one = zero + S(1);
-  const auto turn = (g * g > tolerance * a * b) & (a > kNull) & (b > kNull);
+  const V zero = V{}, one = zero + S(1), never = zero + std::numeric_limits<S>::max();
+  const V less = a < b ? a : b;
+  const auto turn = g * g > (less > kEpsilon<V> * kEpsilon<V> ? tolerance * a * b : never);
   const V difference = b - a;
   const V root = square_root<V>(difference * difference + 4 * g * g);
   const V divisor = difference < 0 ? difference - root : difference + root;

@@ -66,7 +66,7 @@ def _choose(x, y, x_mask, y_mask, spectral, regularization, eps, backend):
                          f"eps finite and not below, got {spectral!r}, {regularization} and {eps}")
     dtype = torch.promote_types(x.dtype, y.dtype)
     args = x.to(dtype), y.to(dtype), x_mask, y_mask, spectral, regularization, eps
-    return choose("gaussian_w2", backend, args, ops.CAN_RUN)
+    return choose("gaussian_w2", backend, args, ops.CAN_RUN, ops.avoid)
 
 
 def _gaussian_w2(backend, x, y, *settings):  # an int among these would be squared as one, which may be no number

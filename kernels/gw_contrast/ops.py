@@ -8,6 +8,7 @@ TRITON = "icf_kernels.gw_contrast.triton"
 
 
 MAX_FRAMES = 49  # a matrix per warp has to fit into shared memory
+MANY_FRAMES = 64  # from which on LAPACK's singular values, in plain PyTorch, are faster than rotations in C++
 
 
 def _limited(name, check):
@@ -23,6 +24,14 @@ def _limited(name, check):
 
 
 CAN_RUN = {name: check if name == "reference" else _limited(name, check) for name, check in backends.CAN_RUN.items()}
+
+
+def avoid(backend, x, y, *_):
+    """Why the automatic choice passes by a backend that can run, or ''."""
+    frames = max(x.shape[2], y.shape[2])
+    if backend == "cpp" and frames > MANY_FRAMES:
+        return f"plain PyTorch is faster for more than {MANY_FRAMES} frames, got {frames}"
+    return ""
 
 
 def _fake(x, y, x_mask, y_mask, spectral, regularization, eps, polar=True):

@@ -8,6 +8,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
 #include <vector>
 
 namespace py = pybind11;
@@ -50,10 +51,39 @@ py::tuple jacobi(const Array<T>& columns) {
   });
 }
 
+// ---- gram_schmidt --------------------------------------------------------------------------------------------------
+
+template <int ROUNDS>
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  icf::philox<ROUNDS>(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
+  return counter;
+}
+
+// ---- ms_deform_attn ------------------------------------------------------------------------------------------------
+
+// Rows and weights of the corners around a location in 0..1, of a map that starts at row `start`.
+py::tuple corners(double x, double y, int width, int height, int start) {
+  using namespace icf::msda;
+  const auto horizontal = axis_of_location(double(width)), vertical = axis_of_location(double(height));
+  const double left = whole_pixel(x, horizontal.scale, horizontal.base);
+  const double top = whole_pixel(y, vertical.scale, vertical.base);
+  const double s = fraction_of_pixel(x, horizontal.scale, horizontal.base, left);
+  const double t = fraction_of_pixel(y, vertical.scale, vertical.base, top);
+  const bool touches = touches_map(left, double(width)) & touches_map(top, double(height));
+  std::array<int32_t, 4> rows;
+  corner_rows(touches, touches ? int32_t(left) : 0, touches ? int32_t(top) : 0, width, height, start, rows.data());
+  std::array<double, 4> weights;
+  corner_weights(s, t, 1.0, weights[0], weights[1], weights[2], weights[3]);
+  return py::make_tuple(rows, weights);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(icf_math, m) {
   m.def("jacobi_float64", jacobi<double, 1>);
   m.def("jacobi_float32", jacobi<float, 1>);
   m.def("jacobi_float32x16", jacobi<float, 16>);
+  m.def("philox7", philox<7>);
+  m.def("philox10", philox<10>);
+  m.def("corners", corners);
 }

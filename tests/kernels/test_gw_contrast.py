@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch.nn.functional import normalize
 
 from icf.ops import contrast_positives, gaussian_entropy, gaussian_wasserstein, gw_contrast, gw_text_contrast
-from icf_kernels._common.testing import LOOSER, TARGETS, why_not
+from icf_kernels._common.backend import PROBLEM
+from icf_kernels._common.testing import LOOSER, TARGETS, Calls, why_not
 from icf_kernels.gw_contrast.reference import dense_gaussian_entropy, dense_gaussian_wasserstein
 
 SPECTRAL = ("plain", "smooth", "entropic", "eps")
@@ -167,6 +168,39 @@ def test_degenerate_clips(case, device, backend):
     assert ((actual[0] - exact).abs() <= 2e-6 * (traces[0][:, None] + traces[1]) + 1e-7).all()
     if case == "identical":
         assert actual[0].diagonal().abs().max() <= 1e-6 and actual[1].norm() > 0
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("T, d, seeds", [(12, 8, 12), (10, 256, 12), (20, 64, 6), (32, 96, 3), (64, 40, 1)])
+@pytest.mark.parametrize("kind", ["each frame twice", "low rank", "dead features", "graded"])
+def test_frames_without_full_rank(kind, T, d, seeds, dtype, device, backend):
+    """Columns of which nothing is left end as they are, in value and in gradient."""
+    x, y = frames(seeds, T, d, 8, dtype), frames(seeds, T, d, 9, dtype)
+    skip_unless_can_run(backend, device, x)
+    if backend == "triton" and device == "cpu" and T > 12:
+        pytest.skip("slow in the interpreter")
+    x = {"each frame twice": x[:, :T // 2].repeat_interleave(2, 1), "low rank": x[:, :, :2] @ x[:, :2],
+         "dead features": x * (torch.arange(d) < 3), "graded": x * 10.0 ** -torch.arange(T)[:, None]}[kind]
+    function = partial(gaussian_wasserstein, backend=backend)
+    actual = [z.cpu() for z in value_and_gradients(function, x.to(device), y.to(device))]
+    assert all(z.isfinite().all() for z in actual)
+    exact = gaussian_wasserstein(x.double(), y.double(), backend="reference")
+    traces = [z.double().var(1, correction=0).sum(-1) for z in (x, y)]
+    tolerance = 3e-14 if dtype == torch.float64 else 2e-6
+    assert ((actual[0] - exact).abs() <= tolerance * (traces[0][:, None] + traces[1]) + 1e-30).all()
+
+
+@pytest.mark.skipif(bool(PROBLEM["_C"]), reason=PROBLEM["_C"])
+@pytest.mark.parametrize("Tx, Ty, taken", [(64, 64, "cpp"), (65, 3, "reference"), (3, 129, "reference")])
+def test_many_frames_are_computed_by_what_is_faster(Tx, Ty, taken, monkeypatch):
+    x, y = frames(2, Tx, 16, 1, torch.float32), frames(2, Ty, 16, 2, torch.float32)
+    with Calls() as calls:
+        automatic = gaussian_wasserstein(x, y)
+        assert bool(calls) == (taken == "cpp")
+        asked = gaussian_wasserstein(x, y, backend="cpp")
+        assert calls
+    torch.testing.assert_close(automatic, asked, rtol=1e-5, atol=1e-4)
 
 
 @every_backend
