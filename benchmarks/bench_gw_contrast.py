@@ -111,7 +111,7 @@ def seconds(function, x, y, gradient=True):
     start = time.perf_counter()
     loss = function(*leaves)
     if gradient:
-        loss.backward()
+        loss.sum().backward()
     return time.perf_counter() - start
 
 
