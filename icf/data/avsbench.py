@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from icf.data import IGNORE, Clip
@@ -208,19 +208,28 @@ def class_palette(classes: int) -> np.ndarray:
 
 
 @contextmanager
-def open_picture(path: Path) -> Iterator[Image.Image]:
-    """An opened picture, decoded when its pixels are used. Raises FileNotFoundError, or ValueError for one that is
-    broken, of more pixels than Pillow finds safe, or so slim that squaring it by its short edge would take GB."""
+def open_picture(path: Path, upright: bool = True) -> Iterator[Image.Image]:
+    """An opened picture, decoded when its pixels are used; turned as its EXIF data ask, if not `upright` as stored.
+
+    Raises FileNotFoundError, or ValueError for one that is broken, of more pixels than Pillow finds safe, or so slim
+    that squaring it by its short edge would take GB."""
     try:
         with Image.open(path, formats=PICTURES) as image:
             if max(image.size) > SLIMMEST * min(image.size) or image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels")
+            if upright and stored_turned(image):
+                ImageOps.exif_transpose(image, in_place=True)
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing; `icf data check` lists all that is") from None
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError, struct.error,
             Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({str(error) or type(error).__name__})") from error
+
+
+def stored_turned(image: Image.Image) -> bool:
+    """Whether an opened picture's EXIF data ask to turn it. Pillow decodes a PNG whole to look for them behind it."""
+    return (image.format != "PNG" or "exif" in image.info) and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 def read_label(path: Path) -> np.ndarray:

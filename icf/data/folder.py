@@ -32,6 +32,7 @@ from torch import Tensor
 from icf.data import Clip
 from icf.data.audio import RATE
 from icf.data.avsbench import SPLITS, AVSBench, Record, is_file_name, open_picture, read_classes
+from icf.data.transforms import to_rgb
 from icf.data.video import open_video, read_sound
 from icf.files import read_csv, read_text
 
@@ -54,6 +55,7 @@ class FrameFolder:
     frame_rate = Fraction(1)
     time_base = Fraction(1, 1000)
     start = Fraction(0)
+    aspect = Fraction(1)
 
     @property
     def duration(self) -> float:
@@ -104,7 +106,7 @@ _NUMBER = re.compile(r"(\d+)", re.ASCII)
 def read_picture(path: Path) -> np.ndarray:
     """[height, width, 3] uint8 RGB. Raises as `open_picture`."""
     with open_picture(path) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(to_rgb(image))
 
 
 class FolderDataset(AVSBench):

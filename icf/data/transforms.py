@@ -12,12 +12,19 @@ from icf.data import IGNORE
 FILL = 128  # grey that frames are padded with, where labels are ignored
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any kind in RGB, 8 bits a channel; Pillow by itself makes grey of 16 bits white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def resize_frame(image: Image.Image, size: int, crop: bool = False) -> Tensor:
     """A picture as [3,size,size] uint8 RGB, bilinear with anti-aliasing; `crop` keeps the aspect ratio and cuts out the
     middle, otherwise the picture is squeezed."""
     width, height = _target(image.size, size, crop)
     image.draft("RGB", (width, height))  # a JPEG four times as large is decoded at half its size, twice as fast
-    image = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    image = to_rgb(image).resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)[_middle(height, size), _middle(width, size)]).permute(2, 0, 1).contiguous()
 
 

@@ -6,7 +6,7 @@ variable frame rates, a late sound track and gaps in it come out right. Sound is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -37,6 +37,7 @@ class Video:
         time_base: seconds per tick of the time stamps.
         start: time stamp of the first picture, in seconds of the file's clock.
         sound: the file with the sound track, None where there is none.
+        aspect: width of a pixel by its height, as it is to be shown.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Video:
     time_base: Fraction
     start: Fraction
     sound: Path | None
+    aspect: Fraction = Fraction(1)
 
     def frames(self) -> Iterator[tuple[Fraction, np.ndarray]]:
         """All pictures in order: time in seconds since the first, and [height, width, 3] uint8 RGB, upright.
@@ -101,8 +103,10 @@ def open_video(path: Path, silent_ok: bool = False) -> Video:
         if not container.streams.audio and not silent_ok:
             raise ValueError(f"{path}: no sound track; allow silence (silent_ok) to go on without sound")
         height, width = _upright(frame).shape[:2]
+        aspect = Fraction(stream.sample_aspect_ratio or 1)
         return Video(path, width, height, _declared(container, stream), _rate(stream), stream.time_base,
-                     start=_time(frame) or Fraction(0), sound=path if container.streams.audio else None)
+                     start=_time(frame) or Fraction(0), sound=path if container.streams.audio else None,
+                     aspect=1 / aspect if round(frame.rotation / 90) % 2 else aspect)
 
 
 def read_sound(path: Path, start: Fraction | float = 0) -> Iterator[np.ndarray]:
@@ -117,7 +121,7 @@ def read_sound(path: Path, start: Fraction | float = 0) -> Iterator[np.ndarray]:
         if not container.streams.audio:
             raise ValueError(f"{path}: no sound track")
         clock, resampler, coding, surplus = Fraction(start), None, None, 0  # surplus: samples from before `start`
-        for frame in chain(container.decode(container.streams.audio[0]), [None]):
+        for frame in chain(container.decode(_default(container.streams.audio)), [None]):
             pieces, time, now = [], clock, None
             if frame is not None:
                 time = clock if frame.pts is None else _within(_time(frame), start, path)
@@ -144,7 +148,7 @@ def read_sound(path: Path, start: Fraction | float = 0) -> Iterator[np.ndarray]:
 
 def write_video(
     out: Path, frames: Iterable[tuple[Fraction, np.ndarray]], frame_rate: Fraction, time_base: Fraction,
-    sound: Path | None = None, sound_start: Fraction = Fraction(0),
+    sound: Path | None = None, sound_start: Fraction = Fraction(0), aspect: Fraction = Fraction(1),
 ) -> None:
     """Write an H.264 mp4 of all `frames` at their own times, with the sound of another file.
 
@@ -159,6 +163,7 @@ def write_video(
         time_base: seconds per tick, fine enough for the times.
         sound: a file with a sound track.
         sound_start: the moment of that file's clock that belongs to time 0.
+        aspect: width of a pixel by its height.
 
     Raises:
         ValueError: there is no frame, or the sound cannot be read.
@@ -172,9 +177,10 @@ def write_video(
         raise ValueError(f"{out}: there is no frame to write")
     partial = out.with_name(f".{out.name}.part")
     try:
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        with av.open(f"file:{partial}", "w", format="mp4", options={"movflags": "faststart"}) as container:
             height, width = first[1].shape[:2]
             picture = _picture_encoder(container, width + width % 2, height + height % 2, frame_rate, time_base)
+            picture.codec_context.sample_aspect_ratio = aspect
             source = iter(()) if sound is None else _sound_packets(container, sound, sound_start)
             packet = next(source, None)
             for time, image in chain([first], frames):
@@ -197,7 +203,7 @@ def _opened(path: Path):
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}") as container:  # a colon in a name is no protocol
             yield container
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -205,12 +211,19 @@ def _opened(path: Path):
 
 
 def _picture_stream(container, path: Path):
-    for stream in container.streams.video:
-        if stream.codec_context and not stream.disposition & Disposition.attached_pic:  # the cover of a sound file
-            stream.thread_type = "AUTO"
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-            return stream
-    raise ValueError(f"{path}: no video stream")
+    streams = [stream for stream in container.streams.video  # but for the cover of a sound file
+               if stream.codec_context and not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        raise ValueError(f"{path}: no video stream")
+    stream = _default(streams)
+    stream.thread_type = "AUTO"
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    return stream
+
+
+def _default(streams: Sequence[av.stream.Stream]) -> av.stream.Stream:
+    """The track that players show: the one marked as default, else the first."""
+    return next((stream for stream in streams if stream.disposition & Disposition.default), streams[0])
 
 
 def _decoded(path: Path) -> Iterator[tuple[Fraction, av.VideoFrame, tuple[int, int], Fraction]]:
@@ -296,7 +309,7 @@ def _sound_packets(container, path: Path, start: Fraction) -> Iterator[av.Packet
     with _opened(path) as source:
         if not source.streams.audio:
             raise ValueError(f"{path}: no sound track")
-        track = source.streams.audio[0]
+        track = _default(source.streams.audio)
         if track.codec_context.name in COPIED_SOUND:
             target = container.add_stream_from_template(track)
             shift = round(start / track.time_base)

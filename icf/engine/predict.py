@@ -113,7 +113,7 @@ def predict(
         frames = _painted(material, folder, len(rows), palette)
         total = material.duration and material.duration * float(material.frame_rate)
         write_video(folder / "overlay.mp4", bar(frames, "overlay", total), material.frame_rate, material.time_base,
-                    material.sound, material.start)
+                    material.sound, material.start, material.aspect)
         sheet.save(folder / "contact_sheet.png")
         record = {"version": __version__, "source": str(source), "width": material.width, "height": material.height,
                   "sound": material.sound is not None, "window": window, "overlap": overlap, "threshold": threshold,

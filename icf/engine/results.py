@@ -41,7 +41,8 @@ def scores_folder(source: Path, cfg: Config, split: str, masks: Path | None = No
     run = source if source.is_dir() else source.parent
     other = [] if source.is_dir() or source.name == WEIGHTS else [source.stem]
     other += [] if masks is None else [f"masks={masks}"]
-    other += [f"{key}={here}" for key, (_, here) in cfg.differences(read_config(source)).items()]
+    other += [f"{key}={here}" for key, (_, here) in cfg.differences(read_config(source)).items()
+              if split == "test" or not key.startswith("eval.")]             # the run itself scores no other split
     if not other:
         return run if split == "test" else run / split
     name = ",".join(other)

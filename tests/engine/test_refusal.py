@@ -107,3 +107,36 @@ def test_missing_files_of_any_split_are_counted_before_the_first_step(configure,
     with pytest.raises(FileNotFoundError, match=f"2 files of the data set are missing, as .*{files[0].name}"):
         train(cfg)
     assert not cfg.out.exists()
+
+
+@pytest.mark.parametrize("options", [["--data.size", "64"], ["--eval.threshold", "0.7"], ["--eval.snr_db", "20"],
+                                     ["--data.root", "other"], ["--split", "val"]])
+def test_other_scores_than_the_runs_own_have_a_folder_of_their_own(run, data, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data, "other")
+    before = contents(run.out)
+    main(["evaluate", str(run.out), *options])
+    after = contents(run.out)
+    assert {name: after[name] for name in before} == before
+    assert len([name for name in after if name.name == "results.json"]) == 2
+
+
+def test_other_weights_and_masks_do_not_replace_the_scores_of_the_best(run, tmp_path):
+    before = contents(run.out)
+    main(["evaluate", str(run.out / "last.safetensors"), "--save-masks"])
+    masks = next(run.out.glob("evaluations/*/masks"))
+    main(["evaluate", str(run.out), "--masks", str(masks)])
+    after = contents(run.out)
+    assert {name: after[name] for name in before} == before
+    assert len([name for name in after if name.name == "results.json"]) == 3
+    main(["evaluate", str(run.out)])  # its own test again
+    assert len([name for name in contents(run.out) if name.name == "results.json"]) == 3
+
+
+@pytest.mark.parametrize("command", [["evaluate", "RUN"], ["predict", "clip.mp4", "--weights", "RUN"],
+                                     ["compare", "RUN"], ["profile", "toy-ms3"]])
+def test_a_device_that_is_not_here_is_refused_in_a_line(run, command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*(str(run.out) if word == "RUN" else word for word in command), "--device", "gpu"])
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "\n" not in said and "device: expected one of cpu" in said and "'gpu'" in said

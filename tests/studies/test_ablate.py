@@ -44,6 +44,10 @@ def configure(name, **data) -> Config:
 def write_results(out, run, seed, j, f, *folders, **settings):
     folder = out.joinpath(f"{run}-{seed}", *folders)
     folder.mkdir(parents=True)
+    if run in ablations():
+        cfg = configure(run)
+        cfg = replace(cfg, train=replace(cfg.train, seed=seed))
+        out.joinpath(f"{run}-{seed}", "config.yaml").write_text(yaml.safe_dump(cfg.to_dict()))
     scores = {"J": j, "F": f, "J&F": None if f is None else (j + f) / 2}
     (folder / "results.json").write_text(json.dumps({
         "split": "test", "subset": "ms3", **scores, "clips": [], "negatives": {},
@@ -98,6 +102,14 @@ def test_a_run_takes_its_ablation_from_the_command_line(preset, capsys):
     assert {**changed, "sc": {**changed["sc"], "mode": "both", "floor": plain["sc"]["floor"]}} == plain
 
 
+@pytest.mark.parametrize("preset", ["toy-tpavi", "toy-avsegformer", "toy-ms3"])
+def test_an_ablation_switches_on_what_it_is_about(preset):
+    base = preset_file(preset)
+    configs = {name: laid_over(base, name) for name in ablations() if name != "text_revision"}  # needs captions
+    assert {name for name, cfg in configs.items() if not cfg.objective.enabled} == {"baseline"}
+    assert len({json.dumps(cfg.to_dict()) for cfg in configs.values()}) == len(configs)
+
+
 # Sweeps
 
 
@@ -150,6 +162,37 @@ def test_table_holds_mean_and_spread_of_what_was_run(tmp_path, capsys):
     assert text.count("not run") == sum(row["measured"] is None for row in rows)
     printed = capsys.readouterr().out
     assert "65.00 ± 10.00" in printed and "text revision: needs data.captions" in printed
+
+
+@pytest.mark.parametrize("change", [{"data": {"size": 96}}, {"objective": {"enabled": False}}, {"train": {"epochs": 9}},
+                                    {"model": {"visual": {"name": "resnet18"}}}, {"train": {"seed": 5}}, None])
+def test_a_row_takes_runs_of_its_whole_configuration_alone(tmp_path, capsys, change):
+    """A folder of the right name is not enough; nor is one that says nothing of how it was made."""
+    for seed, j in enumerate((0.5, 0.9)):
+        write_results(tmp_path, "icf", seed, j, j)
+    file = tmp_path / "icf-1" / "config.yaml"
+    if change is None:
+        file.unlink()
+    else:
+        values = yaml.safe_load(file.read_text())
+        for section, fields in change.items():
+            for name, value in fields.items():
+                values[section][name] = {**values[section][name], **value} if isinstance(value, dict) else value
+        file.write_text(yaml.safe_dump(values))
+    rows = ablate(table_2(configure), [0], tmp_path, "cpu", report_only=True)
+    full = next(row for row in rows if row["run"] == "icf")
+    assert full["measured"]["J"]["mean"] == pytest.approx(50)
+    assert "icf-1 is left out of the table" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key, value", [("workers", 3), ("cache", False)])
+def test_what_changes_no_result_keeps_no_run_out(tmp_path, key, value):
+    write_results(tmp_path, "icf", 0, 0.5, 0.5)
+    file = tmp_path / "icf-0" / "config.yaml"
+    values = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**values, "data": {**values["data"], key: value}, "out": "elsewhere"}))
+    rows = ablate(table_2(configure), [0], tmp_path, "cpu", report_only=True)
+    assert next(row for row in rows if row["run"] == "icf")["measured"]
 
 
 def test_figure_takes_disturbed_scores_from_their_own_folders(tmp_path):

@@ -4,11 +4,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from icf.data.avsbench import Record, open_picture
+from PIL import ImageOps
+
+from icf.data.avsbench import Record, open_picture, stored_turned
 from icf.data.check.findings import Clip, reason, relative
 from icf.data.check.labels import check_colours, check_label
 from icf.data.check.layout import LABELS, coloured_path, label_paths
 from icf.data.check.sounds import check_log_mel, check_sound
+from icf.data.transforms import to_rgb
 
 SIDE = 224  # pixels of S4's and MS3's frames
 
@@ -52,10 +55,14 @@ def _frame(path: Path, folder: Path, side: int | None, deep: bool, clip: Clip) -
     """Width and height, or None for a broken file. `side`: expected of both, if anything is."""
     where = relative(path, folder)
     try:
-        with open_picture(path) as image:
+        with open_picture(path, upright=False) as image:
+            if stored_turned(image):
+                clip.add("frames", "warning", where, "is stored turned (EXIF); it is read as it is shown, which its "
+                         "label has to fit")
+                ImageOps.exif_transpose(image, in_place=True)
             if deep:
                 image.load()
-                clip.first = clip.first or hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+                clip.first = clip.first or hashlib.sha256(to_rgb(image).tobytes()).hexdigest()
             size, mode = image.size, image.mode
     except ValueError as error:
         clip.add("frames", "error", where, reason(error))

@@ -14,6 +14,7 @@ from icf.data import IGNORE
 from icf.data.avsbench import open_picture, read_label
 from icf.data.compose.classes import ClassMap
 from icf.data.compose.sounds import Unusable, reasons, terms_of
+from icf.data.transforms import to_rgb
 from icf.files import read_json, read_text
 
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -66,9 +67,9 @@ class Picture:
 
         A label that has the size of the file before it is turned as its EXIF data ask is turned with it.
         """
-        with open_picture(self.frames[index]) as stored:
+        with open_picture(self.frames[index], upright=False) as stored:
             size, orientation = stored.size, stored.getexif().get(0x0112, 1)
-            image = ImageOps.exif_transpose(stored).convert("RGB")
+            image = to_rgb(ImageOps.exif_transpose(stored))
         values, objects = self.label(index)
         if values.shape[::-1] != image.size:
             if values.shape[::-1] != size:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -73,6 +74,20 @@ def generate(root: Path | str, layout: str, config: ComposeConfig, workers: int 
     if workers is not None and workers < 1:
         raise ValueError(f"workers: expected 1 or more, got {workers}")
     root = Path(root)
+    if _exists(root / FOLDERS[layout][0], describe(layout, config)):
+        return read_manifest(root / FOLDERS[layout][0])
+    root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / f".{FOLDERS[layout][0]}.lock")  # of several processes one composes, the others wait for it
+    try:
+        with lock:
+            return _generate(root, layout, config, workers, progress)
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        if not any(root.iterdir()):
+            root.rmdir()
+
+
+def _generate(root: Path, layout: str, config: ComposeConfig, workers: int | None, progress: bool) -> dict:
     folder, settings = root / FOLDERS[layout][0], describe(layout, config)
     if _exists(folder, settings):
         return read_manifest(folder)
@@ -89,17 +104,12 @@ def generate(root: Path | str, layout: str, config: ComposeConfig, workers: int 
     partial_folder = root / f".{FOLDERS[layout][0]}.partial"
     classes = tuple(materials.classes)
     jobs = [Job(task, layout, config.size, partial_folder, classes) for task in tasks]
-    try:
-        _begin(partial_folder, settings, tasks)
-        missing = [job for job in jobs if not _entry(job).is_file()]
-        for _ in bar(parallel(write_clip, missing, workers), len(missing), f"composing {layout}", progress):
-            pass
-        _finish(partial_folder, layout, settings, jobs, materials, config)
-        os.replace(partial_folder, folder)
-    except OSError:
-        if not _exists(folder, settings):  # else another process was faster
-            raise
-        shutil.rmtree(partial_folder, ignore_errors=True)
+    _begin(partial_folder, settings, tasks)
+    missing = [job for job in jobs if not _entry(job).is_file()]
+    for _ in bar(parallel(write_clip, missing, workers), len(missing), f"composing {layout}", progress):
+        pass
+    _finish(partial_folder, layout, settings, jobs, materials, config)
+    os.replace(partial_folder, folder)
     return read_manifest(folder)
 
 
