@@ -41,8 +41,8 @@ def curves(history: dict) -> bytes:
         for rank, key in enumerate(keys):
             points = [(row["step"], row[key]) for row in steps if key in row]
             axis.plot([step for step, _ in points], _smooth(np.array([value for _, value in points], dtype=float)),
-                      label=key.split("/")[1] if "/" in key else key, lw=2 if key == "loss" else 1, color=f"C{rank % 10}",
-                      ls="-" if rank < 10 else "--", zorder=3 if key == "loss" else 2)
+                      label=key.split("/")[1] if "/" in key else key, lw=2 if key == "loss" else 1,
+                      color=f"C{rank % 10}", ls="-" if rank < 10 else "--", zorder=3 if key == "loss" else 2)
         if title not in PLAIN and all(row[key] > 0 for row in steps for key in keys if key in row):
             axis.set_yscale("log")
         tint(axis, title, "step")
