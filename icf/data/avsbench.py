@@ -190,7 +190,11 @@ def read_manifest(folder: Path) -> dict:
 
 def _is_entry(clip: object) -> bool:
     """Whether it is an entry of a manifest. Those of composed clips have two more lists: classes that sound, and all
-    that are to be seen."""
+    that are to be seen; those of the toy tell them by its shapes."""
+    sources = [x for key in ("shapes", "off_screen") for x in (clip.get(key, []) if isinstance(clip, dict) else [])]
+    if not all(isinstance(x, dict) and isinstance(x.get("class"), str) and isinstance(x.get("sounding"), list)
+               for x in sources):
+        return False
     return isinstance(clip, dict) and all(isinstance(clip.get(key), str) for key in ("name", "group", "split")) and all(
         isinstance(clip.get(key, []), list) and all(isinstance(name, str) for name in clip.get(key, []))
         for key in ("categories", "in_sight"))
@@ -257,6 +261,14 @@ def semantic_mask(values: np.ndarray, classes: int, path: Path) -> np.ndarray:
     return values.astype(np.uint8)
 
 
+def known_classes(entry: dict) -> dict:
+    """A clip's entry of a manifest with what is `in_sight` and, as `categories`, what of it sounds, which the toy tells
+    by its shapes."""
+    shapes = entry.get("shapes", ())
+    return {"in_sight": sorted({shape["class"] for shape in shapes}),
+            "categories": sorted({shape["class"] for shape in shapes if any(shape["sounding"])}), **entry}
+
+
 class Memory:
     """One tensor of the same shape per clip, computed once, in memory that forked loader processes share.
 
@@ -321,7 +333,7 @@ class AVSBench(torch.utils.data.Dataset):
             raise ValueError(f"data.root: {self.root} names no clip of split {split!r}")
         self.names = [record.name for record in self.records]
         self.manifest = read_manifest(self.root) if find_manifest(self.root) else NO_MANIFEST
-        self._entries = {clip["name"]: clip for clip in self.manifest["clips"] if clip["split"] == split}
+        self._entries = {clip["name"]: known_classes(clip) for clip in self.manifest["clips"] if clip["split"] == split}
         self.records = [replace(record, categories=tuple(self._listed(record.name, "categories", record.categories)))
                         for record in self.records]
         self.augmentation = data.augmentation if split == "train" else "none"
@@ -384,22 +396,24 @@ class AVSBench(torch.utils.data.Dataset):
 
     def sounding_classes(self) -> list[frozenset[str]]:
         """Classes that sound in every clip: by the labels where there are classes (which are read for this), by the
-        metadata of AVSS for MS3 if that lies beside, else by category; empty where they are not known. A composed
-        benchmark lists them."""
+        metadata of AVSS for MS3 if that lies beside, else by category; empty where they are not known. Benchmarks
+        that are made here list them, sounds from off the screen too."""
         with ThreadPoolExecutor() as pool:
             return list(pool.map(self.sounding, range(len(self))))
 
     def sounding(self, index: int) -> frozenset[str]:
         """`sounding_classes` of one clip."""
+        elsewhere = frozenset(sound["class"] for sound in self._listed(self.names[index], "off_screen", ())
+                              if any(sound["sounding"]))
         if self.classes:
-            return self._labelled_classes(index)
+            return self._labelled_classes(index) | elsewhere
         if self.subset == "ms3" and not any(record.categories for record in self.records):
             return self._objects[index]
-        return frozenset(self.records[index].categories)
+        return frozenset(self.records[index].categories) | elsewhere
 
     def visible_classes(self) -> list[frozenset[str]]:
-        """Classes to be seen in every clip, whether they sound or not, as a composed benchmark lists them; of other
-        data, those that sound."""
+        """Classes to be seen in every clip, whether they sound or not, as benchmarks that are made here list them; of
+        other data, those that sound."""
         with ThreadPoolExecutor() as pool:
             return list(pool.map(self.visible, range(len(self))))
 

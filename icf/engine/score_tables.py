@@ -46,7 +46,8 @@ def _binary_rows(j: dict, f: dict) -> tuple[list, list]:
 
 
 def _semantic_rows(scores: dict) -> tuple[list, list]:
-    who = {"all/padded/include": "AVSBench, AVSegFormer", "all/real/include": "COMBO", "all/real/public": "AVSBench"}
+    who = {"all/padded/include": "AVSBench, AVSegFormer", "all/padded/public": "AVSBench, AVSegFormer",
+           "all/real/include": "COMBO", "all/real/public": "COMBO"}
     other = ("all/real/exclude", "seen/real/include", "seen/real/exclude")
     public = [(key, mode_words(mode), scores[f"{key}/{mode}"], name) for mode, name in who.items() for key in "JF"]
     return public, [(key, mode_words(mode), scores[f"{key}/{mode}"], "") for key in "JF" for mode in other]

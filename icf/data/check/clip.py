@@ -9,7 +9,7 @@ from PIL import ImageOps
 from icf.data.avsbench import Record, open_picture, stored_turned
 from icf.data.check.findings import Clip, reason, relative
 from icf.data.check.labels import check_colours, check_label
-from icf.data.check.layout import LABELS, coloured_path, label_paths
+from icf.data.check.layout import LABELS, coloured_path
 from icf.data.check.sounds import check_log_mel, check_sound
 from icf.data.transforms import to_rgb
 
@@ -18,7 +18,7 @@ SIDE = 224  # pixels of S4's and MS3's frames
 
 def examine(record: Record, folder: Path, subset: str, classes: list[str], deep: bool, manifest: dict) -> Clip:
     """`manifest`: what a benchmark that was made here says of itself."""
-    clip, size = Clip(), manifest["settings"].get("size")
+    clip, size = Clip(quirk="note" if manifest["clips"] else "warning"), manifest["settings"].get("size")
     side = None if subset not in ("s4", "ms3") else size if isinstance(size, int) else SIDE
 
     def present(path: Path, check: str, level: str = "error") -> bool:
@@ -29,17 +29,14 @@ def examine(record: Record, folder: Path, subset: str, classes: list[str], deep:
             clip.add(check, level, relative(path, folder), hint)
         return path.is_file()
 
-    sizes = {}
-    for path in record.frames:
-        if present(path, "files"):
-            sizes[path.stem] = _frame(path, folder, side, deep, clip)
-    for path in label_paths(record):
-        if present(path, "files"):
+    sizes = [_frame(path, folder, side, deep, clip) if present(path, "files") else None for path in record.frames]
+    for frame, path in zip(sizes, record.masks[:record.labelled], strict=False):
+        if path is not None and present(path, "files"):
             size, values = check_label(path, record, folder, classes, deep, clip, manifest["void"])
-            frame = sizes.get(path.stem)
-            if subset not in ("s4", "ms3") and size and frame and size != frame:
-                clip.add("labels", "error", relative(path, folder), f"is {size[0]}x{size[1]}, its frame "
-                                                                     f"{frame[0]}x{frame[1]}")
+            if size and frame and size != frame:
+                level = "warning" if side else "error"  # where both are squeezed into a square, they still match
+                clip.add("labels", level, relative(path, folder), f"is {size[0]}x{size[1]}, its frame "
+                                                                  f"{frame[0]}x{frame[1]}")
             if subset == "avss" and present(coloured_path(path), "colours", "warning") and values is not None:
                 check_colours(coloured_path(path), values, folder, len(classes), clip)
     if present(record.sound, "files"):

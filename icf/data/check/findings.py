@@ -28,6 +28,7 @@ class Clip:
     pixels: Counter = field(default_factory=Counter)  # of every class
     distance: tuple[float, float] | None = None  # of the log-mel file: greatest and mean
     first: str = ""  # hash of the first frame
+    quirk: str = "warning"  # level of what AVSBench has here and there, and the toy benchmark on purpose
 
     def add(self, check: str, level: str, where: Path | str, what: str) -> None:
         self.findings.append(Finding(check, level, str(where), what))

@@ -65,7 +65,7 @@ def _indices(values: np.ndarray, where: str, classes: list[str], clip: Clip) -> 
     if stray:
         names = ", ".join(sorted({classes[i] if i < len(classes) else str(i) for i in stray}))
         clip.counts["stray components"] += len(stray)
-        clip.add("labels", "warning", where, f"{len(stray)} components below {STRAY} pixels, of {names}")
+        clip.add("labels", clip.quirk, where, f"{len(stray)} components below {STRAY} pixels, of {names}")
 
 
 def stray_components(values: np.ndarray) -> list[int]:

@@ -33,7 +33,7 @@ class Report:
         from rich import box
         from rich.console import Console
         from rich.markup import escape
-        from rich.table import Column, Table
+        from rich.table import Table
 
         console = Console()
         facts = Table("fact", "value", title=f"{self.subset} in {self.root}", box=box.SIMPLE)
@@ -42,15 +42,17 @@ class Report:
                 value = ", ".join(f"{key} {number}" for key, number in value.items())
             facts.add_row(name, escape(str(value)))
         console.print(facts)
-        table = Table("check", "level", "count", Column("first findings", overflow="fold"), box=box.SIMPLE)
         groups = defaultdict(list)
         for finding in self.findings:
             groups[finding.check, finding.level].append(escape(f"{finding.where}: {finding.what}"))
         for check in CHECKS:
             found = [(level, groups[check, level]) for level in LEVELS if groups[check, level]]
             for level, lines in found or [("ok", [])]:
-                table.add_row(check, level, str(len(lines)), "\n".join(lines[:SHOWN]))
-        console.print(table)
+                console.print(f"  {check:10}{level:9}{len(lines) or ''}", highlight=False)
+                for line in lines[:SHOWN]:  # each on a line of its own, however long, to be copied whole
+                    console.print(f"    {line}", highlight=False, soft_wrap=True)
+                if len(lines) > SHOWN:
+                    console.print(f"    and {len(lines) - SHOWN} more, which --json FILE has", highlight=False)
         result = ("clean", "usable, with warnings", "errors: some clips cannot be read")[self.exit_code]
         console.print(f"{result}{'' if self.deep else '; --deep opens every file'}", highlight=False)
 

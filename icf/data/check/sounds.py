@@ -24,8 +24,8 @@ def check_sound(record: Record, folder: Path, deep: bool, clip: Clip) -> None:
     clip.counts["sounds"] += 1
     clip.counts[f"rate {info.samplerate} Hz, {info.channels} channels"] += 1
     if shortest and info.duration < shortest:
-        clip.add("audio", "warning", where, f"lasts {info.duration:.3f} s, less than the {shortest} s that "
-                                            f"{len(record.frames)} examples need")
+        clip.add("audio", clip.quirk, where, f"lasts {info.duration:.3f} s, less than the "
+                 f"{shortest} s that {len(record.frames)} examples need")
     if not deep:
         return
     try:
