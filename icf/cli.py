@@ -83,7 +83,7 @@ def prepare(own: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Nam
         sys.exit()
     target, args = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     options, rest = own.parse_known_args(args)
-    options.target = target
+    options.target = target and os.path.expanduser(target)
 
     def configure(below: list[str], above: Sequence[str] = ()) -> Config:
         layers = [*(("--config", x) for x in below), rest, *(("--config", x) for x in above)]
@@ -97,7 +97,7 @@ def train(args: list[str]) -> None:
                   f"PRESET is a YAML file or one of: {', '.join(presets())}. The default is {DEFAULT_PRESET}.")
     own.add_argument("--ablation", choices=tuple(ablations()), metavar="NAME",
                      help=f"change the method as in a row of the paper's Table 2: {', '.join(ablations())}")
-    own.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    own.add_argument("--resume", type=user_path, metavar="RUN", help="go on with the run in this folder")
     own.add_argument("--with-icf", action="store_true", help="--objective.enabled true, and -icf after the name of the "
                      "preset's run folder: the objective for models that come without it, as toy-tpavi")
     with_icf = "--with-icf" in args
@@ -126,7 +126,7 @@ def evaluate(args: list[str]) -> None:
     own.add_argument("--split", choices=("train", "val", "test"), default="test")
     own.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default a GPU if there is one")
     own.add_argument("--save-masks", action="store_true", help="write the predicted masks as PNG files")
-    own.add_argument("--masks", type=Path, help="score the masks of this folder instead of a model's")
+    own.add_argument("--masks", type=user_path, help="score the masks of this folder instead of a model's")
 
     def base(options) -> list[str]:
         if options.target is None and options.masks is None:
@@ -150,8 +150,8 @@ def evaluate(args: list[str]) -> None:
 def export(args: list[str]) -> None:
     own = argparse.ArgumentParser(prog="icf export", description="Write what inference needs of a run folder or "
                                   "weights file: no text tower, diffusion, contrast. `predict` and `evaluate` read it.")
-    own.add_argument("run", type=Path)
-    own.add_argument("file", type=Path, help=".safetensors")
+    own.add_argument("run", type=user_path)
+    own.add_argument("file", type=user_path, help=".safetensors")
     options = own.parse_args(args)
     from icf.engine.checkpoint import export as run
     run(options.run, options.file)
@@ -160,9 +160,9 @@ def export(args: list[str]) -> None:
 def predict(args: list[str]) -> None:
     own = command("predict SOURCE", "Segment what sounds in a video, or in a folder of frames with one wav file.",
                   "Writes the overlay video with its sound, the masks, a contact sheet and predictions.json.")
-    own.add_argument("--weights", type=Path, default=Path("runs") / DEFAULT_PRESET, metavar="RUN",
+    own.add_argument("--weights", type=user_path, default=Path("runs") / DEFAULT_PRESET, metavar="RUN",
                      help="run folder or weights file (default: %(default)s)")
-    own.add_argument("--output", type=Path, help="folder to write to (default: predictions/NAME of the source)")
+    own.add_argument("--output", type=user_path, help="folder to write to (default: predictions/NAME of the source)")
     own.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default a GPU if there is one")
     own.add_argument("--overlap", type=int, default=0, metavar="SECONDS", help="overlap of neighbouring windows")
     own.add_argument("--silent-ok", action="store_true", help="treat a video without sound as silent")
@@ -184,13 +184,13 @@ def predict(args: list[str]) -> None:
 def compare(args: list[str]) -> None:
     own = argparse.ArgumentParser(prog="icf compare", description="Show the same clips to the models of several runs "
                                   "and write compare.html: scores, t-SNE of the features, predictions side by side.")
-    own.add_argument("sources", type=Path, nargs="+", metavar="RUN", help="run folder or weights file")
+    own.add_argument("sources", type=user_path, nargs="+", metavar="RUN", help="run folder or weights file")
     own.add_argument("--names", nargs="+", metavar="NAME", help="what to call the runs (default: their folders)")
-    own.add_argument("--out", type=Path, default=Path("compare"), help="folder to write to (default: %(default)s)")
+    own.add_argument("--out", type=user_path, default=Path("compare"), help="folder to write to (default: %(default)s)")
     own.add_argument("--split", choices=("train", "val", "test"), default="test")
     own.add_argument("--clips", type=int, default=64, metavar="N", help="clips to look at (default: %(default)s)")
     own.add_argument("--rows", type=int, default=8, metavar="N", help="of these, to draw (default: %(default)s)")
-    own.add_argument("--root", type=Path, help="where the data is (default: where the first run had it)")
+    own.add_argument("--root", type=user_path, help="where the data is (default: where the first run had it)")
     own.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default a GPU if there is one")
     options = vars(own.parse_args(args))
     from icf.studies.compare import compare as run
@@ -209,7 +209,7 @@ def ablate(args: list[str]) -> None:
     own.add_argument("--rows", nargs="+", metavar="ROW", help="some only: ablations of the table, as of icf train "
                      "--ablation, or sweeps of the figure: keep, alpha, start, snr_db, frame_mix")
     own.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
-    own.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs and the table "
+    own.add_argument("--out", type=user_path, default=Path("runs/ablations"), help="folder of the runs and the table "
                      "(default: %(default)s)")
     own.add_argument("--report-only", action="store_true", help="write the table of what there is, train nothing")
     options, configure = prepare(own, args)
@@ -233,7 +233,7 @@ def data(args: list[str]) -> None:
 def data_toy(args: list[str]) -> None:
     own = ArgumentParser(prog="icf data toy", exit_on_error=False, description="Write the toy benchmark: real files in "
                          "the layouts of AVSBench, the same for the same seed.")
-    own.add_argument("folder", type=Path, nargs="?", default=Path("data/toy"))
+    own.add_argument("folder", type=user_path, nargs="?", default=Path("data/toy"))
     own.add_class_arguments(ToyConfig, as_group=False)
     own.add_argument("--subsets", type=list[Literal["s4", "ms3", "avss"]], default=["s4", "ms3", "avss"])
     options = vars(own.parse_args(args))
@@ -245,7 +245,7 @@ def data_compose(args: list[str]) -> None:
     own = ArgumentParser(prog="icf data compose", exit_on_error=False, description="Compose clips in the layouts of "
                          "AVSBench of pictures with masks (Pascal VOC, COCO, DAVIS) and sounds (ESC-50, VGGSound, a "
                          "folder per class). An interrupted command goes on where it was.")
-    own.add_argument("folder", type=Path)
+    own.add_argument("folder", type=user_path)
     own.add_class_arguments(ComposeConfig, as_group=False)
     own.add_argument("--layout", choices=("ms3", "s4", "avss"), default="ms3")
     own.add_argument("--workers", type=int, help="processes (default: one per core)")
@@ -258,10 +258,10 @@ def data_compose(args: list[str]) -> None:
 def data_check(args: list[str]) -> None:
     own = argparse.ArgumentParser(prog="icf data check", description="Validate a data set file by file. Exit status: 0 "
                                   "clean, 1 warnings, 2 errors.")
-    own.add_argument("root", type=Path)
+    own.add_argument("root", type=user_path)
     own.add_argument("--subset", choices=SUBSETS, required=True)
     own.add_argument("--deep", action="store_true", help="open every file instead of headers only")
-    own.add_argument("--json", type=Path, help="also write the findings to this file")
+    own.add_argument("--json", type=user_path, help="also write the findings to this file")
     options = own.parse_args(args)
     from icf.data.check import check
     report = check(options.root, options.subset, deep=options.deep)
@@ -274,10 +274,10 @@ def data_check(args: list[str]) -> None:
 def data_import(args: list[str]) -> None:
     own = argparse.ArgumentParser(prog="icf data import", description="Add a video to the own clips below ROOT, for "
                                   "data.subset=folder: one picture a second, the sound, and masks if there are any.")
-    own.add_argument("root", type=Path)
-    own.add_argument("video", type=Path)
+    own.add_argument("root", type=user_path)
+    own.add_argument("video", type=user_path)
     own.add_argument("--split", choices=("train", "val", "test"), required=True)
-    own.add_argument("--labels", type=Path, help="folder of masks, PNG files named by their second")
+    own.add_argument("--labels", type=user_path, help="folder of masks, PNG files named by their second")
     own.add_argument("--name", help="of the clip (default: of the file)")
     own.add_argument("--category", default="", help="what sounds")
     own.add_argument("--silent-ok", action="store_true", help="accept a video without sound")
@@ -308,7 +308,7 @@ def profile(args: list[str]) -> None:
     own = command("profile [PRESET]", "Trace a training step on random clips: what its parts and operators take, and a "
                   "Chrome trace.", f"PRESET is a YAML file or one of: {', '.join(presets())}. The default is "
                   f"{DEFAULT_PRESET}.")
-    own.add_argument("--trace", type=Path, metavar="FILE", help="the Chrome trace (default: trace.json in --out)")
+    own.add_argument("--trace", type=user_path, metavar="FILE", help="the Chrome trace (default: trace.json in --out)")
     own.add_argument("--steps", type=int, default=1, help="steps that are traced, after one that is not")
     own.add_argument("--device", help="cpu, cuda, ..; by default a GPU if there is one")
     own.add_argument("--nvtx", action="store_true", help="mark the parts as NVTX ranges instead, for nsys profile")
@@ -335,9 +335,9 @@ def bench(args: list[str]) -> None:
 def bench_run(args: list[str]) -> None:
     own = argparse.ArgumentParser(prog="icf bench run", description="Run the benchmarks of a checkout and save what "
                                   "they measure. Further options go to pytest, as -k step or --benchmark-compare.")
-    own.add_argument("--json", type=Path, metavar="FILE",
+    own.add_argument("--json", type=user_path, metavar="FILE",
                      help="where to (default: benchmarks/results/cpu.json, or gpu-NAME.json)")
-    own.add_argument("--benchmarks", type=Path, default=Path("benchmarks"), help="folder of the benchmarks")
+    own.add_argument("--benchmarks", type=user_path, default=Path("benchmarks"), help="folder of the benchmarks")
     options, rest = own.parse_known_args(args)
     from icf.studies.bench import run
     sys.exit(run(options.benchmarks, options.json, rest))
@@ -346,11 +346,11 @@ def bench_run(args: list[str]) -> None:
 def bench_report(args: list[str]) -> None:
     own = argparse.ArgumentParser(prog="icf bench report", description="Turn saved measurements into tables and "
                                   "pictures, between the marks <!-- bench:begin NAME --> and <!-- bench:end NAME -->.")
-    own.add_argument("--json", type=Path, nargs="+", metavar="FILE", help="default: cpu*.json, gpu-*.json in "
+    own.add_argument("--json", type=user_path, nargs="+", metavar="FILE", help="default: cpu*.json, gpu-*.json in "
                      "benchmarks/results")
-    own.add_argument("--into", type=Path, nargs="+", metavar="FILE", help="texts with marks (default: README.md and "
-                     "benchmarks/README.md)")
-    own.add_argument("--plots", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    own.add_argument("--into", type=user_path, nargs="+", metavar="FILE", help="texts with marks (default: README.md "
+                     "and benchmarks/README.md)")
+    own.add_argument("--plots", type=user_path, default=Path("benchmarks/results"), metavar="FOLDER")
     options = own.parse_args(args)
     from icf.studies.bench import report, saved
     report(options.json or saved(Path("benchmarks/results")),
@@ -361,6 +361,11 @@ BENCH = {"run": bench_run, "report": bench_report}
 
 COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "predict": predict, "compare": compare,
             "ablate": ablate, "data": data, "profile": profile, "bench": bench, "info": info}
+
+
+def user_path(text: str) -> Path:
+    """A path of the command line, `~` the user's home, which a shell leaves alone in `--out=~/x`."""
+    return Path(text).expanduser()
 
 
 def command(usage: str, description: str, epilog: str = "") -> argparse.ArgumentParser:

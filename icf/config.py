@@ -6,7 +6,7 @@ fill a gap of the paper; what is not marked follows from the data sets.
 from __future__ import annotations
 
 from argparse import ArgumentError
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -644,9 +644,20 @@ def build_config(parser: ArgumentParser, parsed: Namespace) -> Config:
     for key, default in parser.get_defaults().items():  # an empty value passes as any type, and for a whole section
         _require(default is None or parsed.get(key) is not None, key, "a value", None)
     values = parser.instantiate(parsed)
-    cfg = Config(**{field.name: values[field.name] for field in fields(Config)})
+    cfg = _at_home(Config(**{field.name: values[field.name] for field in fields(Config)}))
     cfg.check()
     return cfg
+
+
+def _at_home(config):
+    """A section whose paths from `~` on lie in the user's home: no shell has seen those of YAML and `--out=~/x`."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, Path):
+            setattr(config, item.name, value.expanduser())
+        elif is_dataclass(value):
+            _at_home(value)
+    return config
 
 
 def denoises(start: int, ddim_steps: int, steps: int) -> bool:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ def read_weights(key: str, path: str) -> dict[str, Tensor]:
         ValueError: not a file of finite tensors. Those of a training run, under one of `NESTED`, may have its settings
             and optimiser beside them.
     """
+    path = os.path.expanduser(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{key}: there is no file {str(path)!r}")
     try:

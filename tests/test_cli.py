@@ -93,7 +93,7 @@ def test_toy_benchmark_passes_its_own_check(tmp_path, capsys):
     clips = ["--clips", "[2,1,1]", "--subsets", "[ms3]"]
     assert run(capsys, "data", "toy", str(tmp_path), *clips)[0] == 0
     status, out, _ = run(capsys, "data", "check", str(tmp_path), "--subset", "ms3", "--json", str(tmp_path / "f.json"))
-    assert status < 2 and (tmp_path / "f.json").is_file(), out
+    assert status == 0 and (tmp_path / "f.json").is_file(), out
 
 
 def test_importing_icf_is_light():
@@ -106,3 +106,26 @@ def test_configuration_survives_plain_values():
     assert Config.from_dict(cfg.to_dict()) == cfg
     with pytest.raises(ValueError, match="sizes"):
         Config.from_dict({"data": {"sizes": 3}})
+
+
+@pytest.mark.parametrize("options, yaml_text", [
+    (["--out=~/x", "--data.root=~/d"], ""), ([], "out: ~/x\ndata: {root: ~/d}")])
+def test_the_users_home_is_found_wherever_a_path_is_written(options, yaml_text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "own.yaml").write_text(yaml_text)
+    seen = []
+    monkeypatch.setattr("icf.engine.train.train", lambda cfg, resume: seen.append(cfg))
+    main(["train", "toy-ms3", *(["--config", str(tmp_path / "own.yaml")] if yaml_text else options)])
+    assert seen[0].out == tmp_path / "x" and seen[0].data.root == tmp_path / "d"
+
+
+@pytest.mark.parametrize("args", [
+    ["evaluate", "~/run"], ["train", "--resume=~/run"], ["predict", "c.mp4", "--weights=~/run"],
+    ["export", "~/run", "m.safetensors"], ["compare", "~/run"], ["data", "check", "~/run", "--subset=s4"]])
+def test_commands_look_for_the_users_home(args, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *args)
+    assert status == 2 and str(tmp_path / "run") in out + err and "~" not in out + err

@@ -6,6 +6,7 @@ embedding puts the learnable vectors where ``*`` stands. Ids, positions, masks a
 from __future__ import annotations
 
 import copy
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -154,7 +155,8 @@ def text_tower(kind: str, weights: str | nn.Module = "default", dtype: torch.dty
     """
     if kind not in KINDS:
         raise ValueError(f"{key}: expected one of {', '.join(KINDS)}, got {kind!r}")
-    weights = DEFAULTS[kind] if isinstance(weights, str) and weights == "default" else weights
+    if isinstance(weights, str):
+        weights = DEFAULTS[kind] if weights == "default" else os.path.expanduser(weights)
     if kind == "hash":
         net, tokenizer = HashNet(_seed(weights, key)), HashTokenizer()
     elif kind == "laion_clap":
