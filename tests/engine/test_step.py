@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 from icf.data import Batch
 from icf.engine.train import shares, train_step
 from icf.model.icf import ICF
-from icf.model.losses import Losses
+from icf.model.losses import NO_OBJECT, Losses, matched_counts
 
 
 @pytest.fixture
@@ -72,6 +72,49 @@ def test_a_batch_without_labels_weighs_nothing_in_its_group(accelerator, still_m
     _, found = gradients(accelerator, model, [part(batch, slice(0, 2)), part(batch, slice(2, 3))])
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+class Two:
+    """What a process of two knows of the other: the sums of both."""
+
+    num_processes = 2
+
+    def __init__(self, group, other):
+        self.counts = {name: sum(c[name] for c in group) + sum(c[name] for c in other) for name in group[0]}
+
+    def unwrap_model(self, model):
+        return model
+
+    def reduce(self, own, how):
+        assert how == "sum"
+        return torch.stack([*self.counts.values()]).float()
+
+
+@pytest.mark.parametrize("cuts", [((1,), (3,)), ((2,), (2,)), ((1, 1), (1, 1))])
+def test_processes_weigh_their_means_to_that_of_all_clips(still_model, make_batch, cuts):
+    """DistributedDataParallel takes the mean of the processes' gradients."""
+    model, batch = still_model(), make_batch((5, 4, 2, 3))
+    batch.label_mask[0, 1:] = False
+    parts, start = [], 0
+    for sizes in cuts:
+        parts.append([])
+        for size in sizes:
+            parts[-1].append(part(batch, slice(start, start + size)))
+            start += size
+    counts = [[model.counts(b) for b in group] for group in parts]
+    expected = model(part(batch, slice(None))).total
+    losses = [model(b).shared(share).total for own, other in ((0, 1), (1, 0))
+              for b, share in zip(parts[own], shares(Two(counts[own], counts[other]), model, parts[own]), strict=True)]
+    torch.testing.assert_close(sum(losses) / 2, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_matched_terms_count_pairs_and_the_weights_of_queries():
+    masks = torch.zeros(4, 6, 6, dtype=torch.uint8)
+    masks[1, :2], masks[1, 2:4], masks[2, 0, 0], masks[3] = 1, 2, 3, 255  # classes of the frames: 1, 3, 2, unknown
+    counts = matched_counts(masks, classes=4, queries=5)
+    assert counts["bce"] == counts["dice"] == 1 + 3 + 2
+    assert float(counts["focal"]) == float(counts["ce"]) == pytest.approx(6 + NO_OBJECT * (3 * 5 - 6))
+    assert matched_counts(masks, classes=4, queries=2)["bce"] == 1 + 2 + 2  # no more than there are queries
 
 
 def test_one_batch_is_taken_as_it_is(accelerator, make_model, make_batch):
