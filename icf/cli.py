@@ -4,9 +4,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -48,9 +51,15 @@ def ablations() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(str(files("icf.configs")), "ablations").glob("*.yaml"))}
 
 
+def meant(word: str, names: Iterable[str]) -> str:
+    """A question after what may be a slip of the pen."""
+    close = get_close_matches(word, list(names), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
 def preset_file(name: str) -> str:
     if name not in presets() and not Path(name).is_file():
-        raise ValueError(f"no preset or YAML file {name!r}; presets: {', '.join(presets())}")
+        raise ValueError(f"no preset or YAML file {name!r}{meant(name, presets())}; presets: {', '.join(presets())}")
     return str(presets().get(name, name))
 
 
@@ -87,7 +96,14 @@ def prepare(own: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Nam
 
     def configure(below: list[str], above: Sequence[str] = ()) -> Config:
         layers = [*(("--config", x) for x in below), rest, *(("--config", x) for x in above)]
-        return build_config(fields, fields.parse_args([arg for layer in layers for arg in layer]))
+        try:
+            return build_config(fields, fields.parse_args([arg for layer in layers for arg in layer]))
+        except argparse.ArgumentError as error:
+            unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", str(error))
+            known = [*fields._option_string_actions, *own._option_string_actions]
+            if unknown is None:
+                raise
+            raise ValueError(f"{error}{meant(unknown[1], known)}") from None
 
     return options, configure
 
@@ -404,8 +420,13 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if argv else 2)
+    if argv[0] in ("version", "--version"):
+        print(f"icf {version('icf')}")
+        return
+    if argv[0] == "help":
+        return main([*argv[1:], "--help"])
     if argv[0] not in COMMANDS:
-        sys.exit(f"icf: no command {argv[0]!r}; one of: {', '.join(COMMANDS)}")
+        sys.exit(f"icf: no command {argv[0]!r}{meant(argv[0], COMMANDS)}; one of: {', '.join(COMMANDS)}")
     try:
         COMMANDS[argv[0]](argv[1:])
     except KeyboardInterrupt as stop:

@@ -633,7 +633,7 @@ class ConfigFile(ActionConfigFile):
 
 def config_parser(**options) -> ArgumentParser:
     """A parser of every field, as `--data.size 224`, and of YAML files that hold some of them, as `--config FILE`."""
-    parser = ArgumentParser(**options)
+    parser = ArgumentParser(**options, allow_abbrev=False)
     parser.add_argument("--config", action=ConfigFile, help="YAML file, or text, with any of the fields below")
     parser.add_class_arguments(Config, as_group=False)
     return parser

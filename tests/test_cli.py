@@ -63,6 +63,11 @@ def test_options_override_files_and_files_override_presets(tmp_path, capsys):
     (["ablate", "--rows", "mti"], "rows: expected some of baseline, mit, "),
     (["ablate", "--figure", "5", "--rows", "mit"], "rows: expected some of keep, alpha, start, snr_db, frame_mix"),
     (["fly"], "no command 'fly'; one of: train"),
+    (["trian"], "no command 'trian' (did you mean 'train'?)"),
+    (["train", "toy-ms"], "no preset or YAML file 'toy-ms' (did you mean 'toy-ms3'?)"),
+    (["train", "--train.epohcs", "3"], "unrecognized arguments: --train.epohcs 3 (did you mean '--train.epochs'?)"),
+    (["train", "--train.epoch", "3"], "unrecognized arguments: --train.epoch 3 (did you mean '--train.epochs'?)"),
+    (["evaluate", "--save-mask"], "a run folder or weights file is required"),
 ])
 def test_mistakes_end_in_one_line(args, message, capsys):
     status, out, err = run(capsys, *args)
@@ -129,3 +134,19 @@ def test_commands_look_for_the_users_home(args, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, *args)
     assert status == 2 and str(tmp_path / "run") in out + err and "~" not in out + err
+
+
+@pytest.mark.parametrize("args", [["version"], ["--version"]])
+def test_the_version_is_told(args, capsys):
+    assert run(capsys, *args) == (0, "icf 0.1.0\n", "")
+
+
+@pytest.mark.parametrize("args", [["help"], ["help", "train"], ["help", "data"]])
+def test_help_is_a_command_too(args, capsys):
+    status, out, _ = run(capsys, *args)
+    assert status == 0 and f"icf {args[1] if args[1:] else 'COMMAND'}" in out
+
+
+def test_the_module_is_the_command():
+    said = subprocess.run([sys.executable, "-m", "icf", "--version"], capture_output=True, text=True, check=True)
+    assert said.stdout == "icf 0.1.0\n"

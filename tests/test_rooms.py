@@ -21,10 +21,11 @@ BELOW = {  # what each room may import besides itself; operators come from `icf.
 
 
 def room(module: str) -> str:
-    """Modules beside the folders of `icf`, but for `cli` and `ops`, are the ground floor."""
+    """Modules beside the folders of `icf`, but for `cli`, which `__main__` is too, and `ops`, are the ground floor."""
     package, *names = module.split(".")
     if package != "icf":
         return package
+    names = ["cli"] if names == ["__main__"] else names
     return names[0] if names and names[0] in BELOW else "ground"
 
 
