@@ -171,18 +171,20 @@ def bench_whole_loss(benchmark, B, T, d):
 
 
 @pytest.mark.parametrize("d", [64, 512])
-@pytest.mark.parametrize("T", [48, 64, 96, 200])
-def bench_frames(benchmark, T, d):
-    """Distances of clips of many frames, 4 against 4: where plain PyTorch begins to be faster than the C++ kernel."""
-    x, y = frames(4, T, d, 1), frames(4, T, d, 2)
-    versions = {name: partial(gaussian_wasserstein, backend=name) for name in ("cpp", "reference")}
+@pytest.mark.parametrize("function, Tx, Ty", [
+    *[(gaussian_wasserstein, T, T) for T in (48, 64, 96, 200)], (gaussian_wasserstein, 10, 400),
+    *[(gw_contrast, 10, T) for T in (80, 128, 200)]])  # with entropies, of each side by itself
+def bench_frames(benchmark, function, Tx, Ty, d):
+    """Clips of many frames, 4 against 4: where plain PyTorch begins to be faster than the C++ kernel."""
+    x, y = frames(4, Tx, d, 1), frames(4, Ty, d, 2)
+    versions = {name: partial(function, backend=name) for name in ("cpp", "reference")}
     pairs = [{name: seconds(version, x, y) for name, version in versions.items()} for _ in range(4)][1:]
     medians = {name: statistics.median(pair[name] for pair in pairs) for name in versions}
-    benchmark.group = f"gaussian_wasserstein, T={T}, d={d}"
+    benchmark.group = f"{function.__name__}, T={Tx} and {Ty}, d={d}"
     benchmark.extra_info.update(milliseconds={name: round(1e3 * s, 2) for name, s in medians.items()},
                                 threads=torch.get_num_threads(), torch=torch.__version__, dtype="float32")
     print(f"\n{benchmark.group}: {benchmark.extra_info['milliseconds']}")
-    benchmark.pedantic(lambda: seconds(gaussian_wasserstein, x, y), rounds=2)
+    benchmark.pedantic(lambda: seconds(function, x, y), rounds=2)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ TRITON = "icf_kernels.gw_contrast.triton"
 
 
 MAX_FRAMES = 49  # a matrix per warp has to fit into shared memory
-MANY_FRAMES = 64  # from which on LAPACK's singular values, in plain PyTorch, are faster than rotations in C++
+MANY_FRAMES = 64  # of the shorter side, above which LAPACK's singular values are faster than rotations in C++
+MANY_INVERTED = 128  # of the longer side, above which its inverses are, where there are entropies
 
 
 def _limited(name, check):
@@ -26,11 +27,11 @@ def _limited(name, check):
 CAN_RUN = {name: check if name == "reference" else _limited(name, check) for name, check in backends.CAN_RUN.items()}
 
 
-def avoid(backend, x, y, *_):
+def avoid(backend, x, y, x_mask, y_mask, spectral, regularization, eps):
     """Why the automatic choice passes by a backend that can run, or ''."""
-    frames = max(x.shape[2], y.shape[2])
-    if backend == "cpp" and frames > MANY_FRAMES:
-        return f"plain PyTorch is faster for more than {MANY_FRAMES} frames, got {frames}"
+    shorter, longer = sorted((x.shape[2], y.shape[2]))
+    if backend == "cpp" and (shorter > MANY_FRAMES or (eps and longer > MANY_INVERTED)):
+        return f"plain PyTorch is faster for this many frames, got {shorter} and {longer}"
     return ""
 
 

@@ -194,15 +194,19 @@ def test_frames_without_full_rank(kind, T, d, seeds, dtype, device, backend):
 
 
 @pytest.mark.skipif(bool(PROBLEM["_C"]), reason=PROBLEM["_C"])
-@pytest.mark.parametrize("Tx, Ty, taken", [(64, 64, "cpp"), (65, 3, "reference"), (3, 129, "reference")])
-def test_many_frames_are_computed_by_what_is_faster(Tx, Ty, taken, monkeypatch):
+@pytest.mark.parametrize("function, Tx, Ty, taken", [
+    (gaussian_wasserstein, 64, 64, "cpp"), (gaussian_wasserstein, 65, 66, "reference"),
+    (gaussian_wasserstein, 3, 129, "cpp"), (gaussian_wasserstein, 129, 64, "cpp"),  # the shorter side's columns turn
+    (gw_contrast, 64, 128, "cpp"), (gw_contrast, 3, 129, "reference"), (gw_contrast, 129, 3, "reference"),
+    (partial(gw_contrast, entropy="none"), 3, 129, "cpp")])
+def test_many_frames_are_computed_by_what_is_faster(function, Tx, Ty, taken, monkeypatch):
     monkeypatch.setattr(backends, "_told", set())
     x, y = frames(2, Tx, 16, 1, torch.float32), frames(2, Ty, 16, 2, torch.float32)
     with Calls() as calls, warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is missing
-        automatic = gaussian_wasserstein(x, y)
+        automatic = function(x, y)
         assert bool(calls) == (taken == "cpp")
-        asked = gaussian_wasserstein(x, y, backend="cpp")
+        asked = function(x, y, backend="cpp")
         assert calls
     torch.testing.assert_close(automatic, asked, rtol=1e-5, atol=1e-4)
 
