@@ -170,6 +170,7 @@ __global__ void __launch_bounds__(kPairRows* kWarp) register_pairs_kernel(Pairs<
       y_chunk[q][k][l] = j < By && c < d ? row[c] : 0.f;
     }
     __syncthreads();
+    float chunk_part = 0;  // one sum over all of d would lose a digit: its terms have one sign
 #pragma unroll 2
     for (int k = 0; k < kChunk; ++k) {
       float x[ROWS];
@@ -182,8 +183,9 @@ __global__ void __launch_bounds__(kPairRows* kWarp) register_pairs_kernel(Pairs<
         for (int r = 0; r < ROWS; ++r) a[q * ROWS + r] += x[r] * y;
       }
       const float difference = x_chunk[warp][ROWS][k] - y_chunk[COLS][k][lane];
-      mean_part += difference * difference;
+      chunk_part += difference * difference;
     }
+    mean_part += chunk_part;
   }
   const int64_t i = first_i + warp, j = first_j + lane;
   if (i >= Bx || j >= By) return;

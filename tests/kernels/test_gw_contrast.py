@@ -172,18 +172,26 @@ def test_degenerate_clips(case, device, backend):
         assert actual[0].diagonal().abs().max() <= 1e-6 and actual[1].norm() > 0
 
 
+LACKING = ("each frame twice", "low rank", "dead features", "graded")
+
+
+def without_full_rank(kind, x):
+    _, T, d = x.shape
+    return {"each frame twice": x[:, :T // 2].repeat_interleave(2, 1), "low rank": x[:, :, :2] @ x[:, :2],
+            "dead features": x * (torch.arange(d) < 3), "graded": x * 10.0 ** -torch.arange(T)[:, None]}[kind]
+
+
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("T, d, seeds", [(12, 8, 12), (10, 256, 12), (20, 64, 6), (32, 96, 3), (64, 40, 1)])
-@pytest.mark.parametrize("kind", ["each frame twice", "low rank", "dead features", "graded"])
+@pytest.mark.parametrize("kind", LACKING)
 def test_frames_without_full_rank(kind, T, d, seeds, dtype, device, backend):
     """Columns of which nothing is left end as they are, in value and in gradient."""
     x, y = frames(seeds, T, d, 8, dtype), frames(seeds, T, d, 9, dtype)
     skip_unless_can_run(backend, device, x)
     if backend == "triton" and device == "cpu" and T > 12:
         pytest.skip("slow in the interpreter")
-    x = {"each frame twice": x[:, :T // 2].repeat_interleave(2, 1), "low rank": x[:, :, :2] @ x[:, :2],
-         "dead features": x * (torch.arange(d) < 3), "graded": x * 10.0 ** -torch.arange(T)[:, None]}[kind]
+    x = without_full_rank(kind, x)
     function = partial(gaussian_wasserstein, backend=backend)
     actual = [z.cpu() for z in value_and_gradients(function, x.to(device), y.to(device))]
     assert all(z.isfinite().all() for z in actual)
@@ -191,6 +199,17 @@ def test_frames_without_full_rank(kind, T, d, seeds, dtype, device, backend):
     traces = [z.double().var(1, correction=0).sum(-1) for z in (x, y)]
     tolerance = 3e-14 if dtype == torch.float64 else 2e-6
     assert ((actual[0] - exact).abs() <= tolerance * (traces[0][:, None] + traces[1]) + 1e-30).all()
+
+
+@pytest.mark.parametrize("T, d", [(12, 8), (20, 64), (32, 96), (64, 40)])
+@pytest.mark.parametrize("function", [gaussian_wasserstein, partial(gw_contrast, tau=5.0)])  # the latter is one call
+@pytest.mark.parametrize("kind", LACKING)
+def test_gradient_without_full_rank(kind, function, T, d):
+    """Smooth, as the plain subgradient turns on where rounding leaves a singular value."""
+    x, y = without_full_rank(kind, frames(4, T, d, 8)), frames(4, T, d, 9)
+    skip_unless_can_run("cpp", "cpu", x, "smooth")
+    assert_relative(*(value_and_gradients(partial(function, spectral="smooth", backend=backend), x, y)
+                      for backend in ("cpp", "reference")), 1e-11)
 
 
 @pytest.mark.skipif(bool(PROBLEM["_C"]), reason=PROBLEM["_C"])
