@@ -190,8 +190,8 @@ def import_clip(root: Path, video: Path, split: str, labels: Path | None = None,
         root: made if missing.
         video: any video that FFmpeg reads.
         split: `train`, `val` or `test`.
-        labels: a folder of masks (PNG, of any size), numbered by the second of the video from 0 on; seconds may lack
-            one. `icf predict` writes such folders, which can be corrected by hand.
+        labels: a folder of masks (PNG, of the size of the video's pictures), numbered by the second of the video from
+            0 on; seconds may lack one. `icf predict` writes such folders, which can be corrected by hand.
         name: of the clip; the stem of the video's file name if not given.
         category: what sounds, if known.
         silent_ok: accept a video without sound.
@@ -200,7 +200,8 @@ def import_clip(root: Path, video: Path, split: str, labels: Path | None = None,
         The record of the clip.
 
     Raises:
-        ValueError: the video cannot be read, the name is taken or no file name, or a label has no second.
+        ValueError: the video cannot be read, the name is taken or no file name, a label has no second, or another
+            size than the pictures.
     """
     root, name = Path(root), name or Path(video).stem
     if split not in SPLITS:
@@ -212,6 +213,12 @@ def import_clip(root: Path, video: Path, split: str, labels: Path | None = None,
     masks = {int(path.stem): path for path in found if path.stem.isdecimal()}
     if labels and not masks:
         raise ValueError(f"labels: expected PNG files named by their second in {labels}")
+    for path in masks.values():
+        with open_picture(path) as image:
+            size = image.size
+        if size != (source.width, source.height):
+            raise ValueError(f"{path}: expected {source.width}x{source.height} pixels, as {video} has, got "
+                             f"{size[0]}x{size[1]}")
     root.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".partial-", dir=root) as partial:
         clip = Path(partial, name)

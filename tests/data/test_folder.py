@@ -177,14 +177,16 @@ def test_videos_with_masks_become_clips(tmp_path):
 @pytest.mark.parametrize("options, reason", [
     ({"split": "practice"}, "split: expected one of"), ({"name": "a/b"}, "name: expected a new file name"),
     ({"name": "taken"}, "name: expected a new file name below .*, got 'taken'"),
-    ({"labels": "empty"}, "labels: expected PNG files"), ({"labels": "late"}, "3.png: .*film.mp4 has 3 seconds")])
+    ({"labels": "empty"}, "labels: expected PNG files"), ({"labels": "late"}, "3.png: .*film.mp4 has 3 seconds"),
+    ({"labels": "small"}, "1.png: expected 64x36 pixels, as .*film.mp4 has, got 32x32")])
 def test_an_import_that_fails_changes_nothing(tmp_path, options, reason):
     make_video(tmp_path / "film.mp4")
     root = tmp_path / "own"
     (root / "taken").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "late").mkdir()
-    Image.fromarray(half(255)).save(tmp_path / "late" / "3.png")
+    for folder, second, size in (("late", 3, (64, 36)), ("small", 1, (32, 32))):
+        (tmp_path / folder).mkdir()
+        Image.new("L", size, 255).save(tmp_path / folder / f"{second}.png")
     if "labels" in options:
         options = {"labels": tmp_path / options["labels"]}
     with pytest.raises(ValueError, match=reason):
