@@ -29,7 +29,7 @@ CAN_RUN = {name: check if name == "reference" else _limited(name, check) for nam
 
 def avoid(backend, x, y, x_mask, y_mask, spectral, regularization, eps):
     """Why the automatic choice passes by a backend that can run, or ''."""
-    shorter, longer = sorted((x.shape[2], y.shape[2]))
+    shorter, longer = min(x.shape[2], y.shape[2]), max(x.shape[2], y.shape[2])  # sort() is not traced
     if backend == "cpp" and (shorter > MANY_FRAMES or (eps and longer > MANY_INVERTED)):
         return f"plain PyTorch is faster for this many frames, got {shorter} and {longer}"
     return ""
