@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -17,6 +16,7 @@ from typing import Literal
 import yaml
 from jsonargparse import ArgumentParser
 
+from icf import __version__
 from icf.config import SUBSETS, ComposeConfig, Config, ToyConfig, build_config, config_parser
 from icf.machine import pick_device
 
@@ -309,7 +309,6 @@ def info(args: list[str]) -> None:
                             "why not.").parse_args(args)
     from importlib.metadata import PackageNotFoundError, version
 
-    from icf import __version__
     from icf_kernels.info import report
     print(f"icf {__version__}")
     print(report())
@@ -421,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
         print(USAGE)
         sys.exit(0 if argv else 2)
     if argv[0] in ("version", "--version"):
-        print(f"icf {version('icf')}")
+        print(f"icf {__version__}")
         return
     if argv[0] == "help":
         return main([*argv[1:], "--help"])

@@ -94,7 +94,7 @@ def usual_modes(path: Path) -> None:
     mode = probe.stat().st_mode & 0o777
     probe.unlink()
     for item in (path, *path.rglob("*")):
-        if item.is_file():
+        if item.is_file() and item.stat().st_mode & 0o777 != mode:  # some file systems have no modes to change
             item.chmod(mode)
 
 

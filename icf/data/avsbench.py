@@ -191,13 +191,18 @@ def read_manifest(folder: Path) -> dict:
 def _is_entry(clip: object) -> bool:
     """Whether it is an entry of a manifest. Those of composed clips have two more lists: classes that sound, and all
     that are to be seen; those of the toy tell them by its shapes."""
-    sources = [x for key in ("shapes", "off_screen") for x in (clip.get(key, []) if isinstance(clip, dict) else [])]
-    if not all(isinstance(x, dict) and isinstance(x.get("class"), str) and isinstance(x.get("sounding"), list)
-               for x in sources):
-        return False
-    return isinstance(clip, dict) and all(isinstance(clip.get(key), str) for key in ("name", "group", "split")) and all(
-        isinstance(clip.get(key, []), list) and all(isinstance(name, str) for name in clip.get(key, []))
-        for key in ("categories", "in_sight"))
+    def lists(key: str, is_item: Callable[[object], bool]) -> bool:
+        return isinstance(clip.get(key, []), list) and all(map(is_item, clip.get(key, [])))
+
+    def is_name(x: object) -> bool:
+        return isinstance(x, str)
+
+    def is_source(x: object) -> bool:
+        return isinstance(x, dict) and is_name(x.get("class")) and isinstance(x.get("sounding"), list)
+
+    return (isinstance(clip, dict) and all(is_name(clip.get(key)) for key in ("name", "group", "split"))
+            and all(lists(key, is_name) for key in ("categories", "in_sight"))
+            and all(lists(key, is_source) for key in ("shapes", "off_screen")))
 
 
 def class_palette(classes: int) -> np.ndarray:

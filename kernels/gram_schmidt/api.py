@@ -4,7 +4,7 @@ import operator
 import torch
 from torch import Tensor
 
-from .._common.backend import choose, recall, remember
+from .._common.backend import choose, recall, remember, require_tensors
 from .._common.library import call
 from . import ops, reference
 
@@ -130,6 +130,7 @@ def gram_schmidt(
     if plan is not None:
         q = _orthonormal(vectors, *plan)
         return (q, _rank(q)) if return_rank else q
+    require_tensors("gram_schmidt", vectors=vectors, **({} if against is None else {"against": against}))
     if vectors.dim() < 2 or vectors.shape[-1] == 0 or not vectors.is_floating_point():
         raise ValueError(f"gram_schmidt: vectors must be [*, n, d] with d above 0 and floating point, got "
                          f"{list(vectors.shape)} of {vectors.dtype}")
@@ -220,6 +221,7 @@ def philox_noise(shape: tuple[int, ...], seed: Tensor | int, kind: str = "gaussi
 
 
 def _check_rows(op, z):
+    require_tensors(op, z=z)
     if z.dim() == 0 or z.shape[-1] < 2 or not z.is_floating_point():
         raise ValueError(f"{op}: z must be [*, d] with d >= 2, where a direction orthogonal to it exists, and floating "
                          f"point, got {list(z.shape)} of {z.dtype}")

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from .._common.backend import IMPLEMENTED, choose, lost_by_kernels, recall, remember
+from .._common.backend import IMPLEMENTED, choose, lost_by_kernels, recall, remember, require_tensors
 from .._common.library import call
 from . import ops, reference
 
@@ -51,6 +51,7 @@ def gaussian_w2(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tens
 
 def _choose(x, y, x_mask, y_mask, spectral, regularization, eps, backend):
     """The backend for these arguments of `gaussian_w2`, which are checked."""
+    require_tensors("gaussian_w2", x=x, y=y)
     if x.ndim != 4 or y.ndim != 4 or x.shape[::3] != y.shape[::3] or 0 in (x.shape[2], y.shape[2]):
         raise ValueError("gaussian_w2: x and y must be [N, Bx, Tx, d] and [N, By, Ty, d] with N and d alike and at "
                          f"least one frame each, got {tuple(x.shape)} and {tuple(y.shape)}")
@@ -109,6 +110,7 @@ def gaussian_wasserstein(x: Tensor, y: Tensor, *, x_mask: Tensor | None = None, 
         may leave it slightly below 0. The gradient is finite everywhere: where singular values of the cross term vanish
         it is the subgradient of smallest norm.
     """
+    require_tensors("gaussian_wasserstein", x=x, y=y)
     if x.ndim != 3 or y.ndim != 3:
         raise ValueError("gaussian_wasserstein: x and y must be [Bx, Tx, d] and [By, Ty, d], "
                          f"got {tuple(x.shape)} and {tuple(y.shape)}")
@@ -136,6 +138,7 @@ def gaussian_entropy(x: Tensor, *, eps: float = 1e-2, per_dof: bool = True, mask
     Returns:
         ``[B]``, in float32, or float64 if given that.
     """
+    require_tensors("gaussian_entropy", x=x)
     if x.ndim != 3 or eps <= 0:
         raise ValueError(f"gaussian_entropy: x must be [B, T, d] and eps above 0, got {tuple(x.shape)} and {eps}")
     masks = (None, None) if mask is None else (mask[None], mask[None, :0])
@@ -161,6 +164,7 @@ def contrast_positives(anchors: Tensor, mode: str = "threshold", *, theta: float
     Returns:
         ``positives`` ``[B, B]``, bool, and ``ignored`` ``[B, B]``, bool, or None where nothing is ignored.
     """
+    require_tensors("contrast_positives", anchors=anchors)
     B = len(anchors)
     own = torch.eye(B, dtype=torch.bool, device=anchors.device)
     if mode == "diag":
@@ -287,6 +291,7 @@ def gw_contrast(x: Tensor, y: Tensor, positives: Tensor | str = "diag", *, ignor
         signature, chosen = recall("gw_contrast", backend, (*settings, *given), *tensors)
     if chosen is not None:
         return _in_one_call(chosen, x, y, x_mask, y_mask, *pairs, *settings)
+    require_tensors("gw_contrast", x=x, y=y)
     _check_contrast("gw_contrast", tau, entropy)
     if group is not None and lost_by_kernels((x, y, anchors)):
         raise RuntimeError("gw_contrast: samples are gathered from a group with gradients alone; forward-mode "
@@ -359,6 +364,7 @@ def gw_text_contrast(x: Tensor, z: Tensor, counterfactuals: Tensor, weights: Ten
     Returns:
         0-dimensional; 0 for K = 0. Differentiable in ``weights`` too.
     """
+    require_tensors("gw_text_contrast", x=x, z=z, counterfactuals=counterfactuals)
     _check_contrast("gw_text_contrast", tau, entropy)
     B, K = counterfactuals.shape[:2]
     if x.ndim != 3 or z.ndim != 3 or counterfactuals.ndim != 4 or not len(x) == len(z) == B or not B:

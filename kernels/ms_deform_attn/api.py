@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._common.backend import choose, recall, remember
+from .._common.backend import choose, recall, remember, require_tensors
 from .._common.library import call
 from . import ops, reference
 
@@ -175,6 +175,7 @@ class MSDeformAttn(nn.Module):
 
 
 def _check(op, *, value, **others):
+    require_tensors(op, value=value, **others)
     if value.dim() != 4 or 0 in value.shape[2:]:
         raise ValueError(f"{op}: value must be [B, S, M, D] with at least one head and channel, "
                          f"got {list(value.shape)}")

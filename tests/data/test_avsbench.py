@@ -334,6 +334,19 @@ def test_collate_stacks_and_refuses_different_sizes(load):
         collate([clips[0], load("s4", "val", size=96)[0]])
 
 
+@pytest.mark.parametrize("key, value", [
+    ("shapes", 5), ("shapes", None), ("shapes", [3]), ("shapes", [{"class": 1, "sounding": []}]),
+    ("shapes", [{"class": "disc", "sounding": 1}]), ("off_screen", {"class": "disc"}), ("off_screen", [[]]),
+    ("categories", "disc"), ("in_sight", [1]), ("name", None)])
+def test_a_manifest_of_other_content_is_refused_in_a_line(own_root, load, key, value):
+    root = own_root("ms3")
+    manifest = json.loads((root / "toy_manifest.json").read_text())
+    manifest["clips"][0][key] = value
+    (root / "toy_manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="toy_manifest.json: expected what icf data toy writes"):
+        load("ms3", "train", root=root)
+
+
 def test_toy_benchmark_is_made_when_it_is_missing(tmp_path, monkeypatch):
     from icf.config import ToyConfig
 

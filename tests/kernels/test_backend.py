@@ -4,16 +4,22 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import icf
 from icf.ops import (
+    contrast_positives,
+    gaussian_entropy,
     gaussian_wasserstein,
     gram_schmidt,
+    gw_contrast,
+    gw_text_contrast,
     ms_deform_attn,
     ms_deform_attn_fused,
     orthogonal_blend,
+    orthogonal_directions,
     use_backend,
 )
 from icf_kernels._common import backend as backends
@@ -216,3 +222,27 @@ def test_no_more_is_remembered_than_fits(monkeypatch):
     for n in range(1, 20):
         gram_schmidt(torch.randn(1, n, 32))
         assert len(backends._remembered) <= 4
+
+
+X = torch.randn(2, 3, 4)
+NO_TENSORS = [[1.0], None, 3, np.ones((2, 3, 4), np.float32), torch.eye(3).to_sparse()]
+
+
+@pytest.mark.parametrize("wrong", NO_TENSORS, ids=lambda wrong: type(wrong).__name__)
+@pytest.mark.parametrize("call, name", [
+    (lambda x: ms_deform_attn(x, [(3, 2)], None, LOCATIONS, WEIGHTS), "ms_deform_attn: value"),
+    (lambda x: ms_deform_attn(VALUE, [(3, 2)], None, x, WEIGHTS), "ms_deform_attn: sampling_locations"),
+    (lambda x: ms_deform_attn(VALUE, [(3, 2)], None, LOCATIONS, x), "ms_deform_attn: attention_weights"),
+    (lambda x: ms_deform_attn_fused(VALUE, [(3, 2)], x, X, X), "ms_deform_attn_fused: reference_points"),
+    (lambda x: orthogonal_blend(x, torch.tensor(0.5)), "orthogonal_blend: z"),
+    (lambda x: orthogonal_directions(x, 2), "orthogonal_directions: z"),
+    (lambda x: gram_schmidt(x), "gram_schmidt: vectors"),
+    (lambda x: gaussian_wasserstein(x, X), "gaussian_wasserstein: x"),
+    (lambda x: gaussian_wasserstein(X, x), "gaussian_wasserstein: y"),
+    (lambda x: gaussian_entropy(x), "gaussian_entropy: x"),
+    (lambda x: gw_contrast(x, X), "gw_contrast: x"), (lambda x: gw_contrast(X, x), "gw_contrast: y"),
+    (lambda x: gw_text_contrast(X, X, x), "gw_text_contrast: counterfactuals"),
+    (lambda x: contrast_positives(x), "contrast_positives: anchors")])
+def test_what_is_no_dense_tensor_is_refused_by_name(call, name, wrong):
+    with pytest.raises(ValueError, match=f"^{name} must be a dense tensor, got "):
+        call(wrong)
