@@ -136,11 +136,14 @@ class AudioConfig:
             network trained from nothing goes deaf)*.
         width: multiplies the channels of every layer but the last; 1 is the published network.
         train: train it; otherwise it stays frozen *(COMBO)*.
+        standardise: its features in standard deviations from their running means, before that LayerNorm *(ours; those
+            of a random network are alike for all sounds, and some networks that start from nothing never listen)*.
     """
 
     weights: str = "download"
     width: float = 1.0
     train: bool = False
+    standardise: bool = False
 
 
 @dataclass

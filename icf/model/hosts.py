@@ -18,6 +18,7 @@ from icf.model.audio import VGGish
 from icf.model.losses import IGNORE, Losses, class_counts, class_losses, dense_counts, dense_losses
 from icf.model.packing import Packing, background
 from icf.model.pixel_decoder import PixelDecoder
+from icf.model.standardise import Standardise
 from icf.model.visual import VisualEncoder, keep_finite
 from icf.objective.objective import ICFObjective
 
@@ -67,6 +68,7 @@ class Host(nn.Module):
         self.visual = VisualEncoder(model.visual.name, model.visual.weights if pretrained else "none",
                                     model.visual.freeze_norm)
         self.audio = VGGish(model.audio.weights if pretrained else "none", model.audio.width, model.audio.train)
+        self.standardise = Standardise(AUDIO_DIM) if model.audio.standardise else None
         dim, audio_dim = model.decoder.dim, self.build(self.visual.channels, model.decoder, model.classes)
         self.objective = None                                               # the last, so that the same seed gives the
         if objective is not None and not inference:                         # same host with and without it
@@ -92,7 +94,7 @@ class Host(nn.Module):
                                "objective")
         clips = Packing(batch.real, batch.frame_mask)
         maps = self.visual(clips.pack(batch.frames))                        # res2..res5 [N,C,H/4,W/4] ..
-        audio = self._hear(batch.log_mel, clips)                            # [B, T, 128]
+        audio = self._hear(batch.log_mel, clips, learn=True)                # [B, T, 128]
         only_labelled = self.training and self.objective is None
         found = self.interact(maps, audio, clips, batch.labelled if only_labelled else batch.real)
         with torch.autocast(audio.device.type, enabled=False):
@@ -103,9 +105,10 @@ class Host(nn.Module):
             losses = self._losses(found, wanted, batch.masks.flatten(0, 1)[batch.labelled])
             return losses if self.objective is None else losses + self._objective(found, audio, clips, batch)
 
-    def _hear(self, log_mel: Tensor, clips: Packing) -> Tensor:
-        """[B,T,1,96,64] -> [B,T,128]."""
-        return clips.unpack(self.audio(clips.pack(log_mel)))
+    def _hear(self, log_mel: Tensor, clips: Packing, learn: bool = False) -> Tensor:
+        """[B,T,1,96,64] -> [B,T,128]; learn: what sounds usually are, in training."""
+        heard = self.audio(clips.pack(log_mel))
+        return clips.unpack(heard if self.standardise is None else self.standardise(heard, learn))
 
     def _losses(self, found: Interaction, wanted: Tensor | slice, masks: Tensor) -> Losses:
         """wanted: places of the labelled among the frames found; masks: [L,H,W], theirs."""

@@ -15,6 +15,7 @@ from icf.model.decoder import Decoded, Decoder
 from icf.model.losses import Losses, dense_counts, dense_losses, matched_counts, matched_losses
 from icf.model.packing import Packing, background
 from icf.model.pixel_decoder import PixelDecoder
+from icf.model.standardise import Standardise
 from icf.model.visual import VisualEncoder
 from icf.objective.objective import ICFObjective, Reading
 
@@ -50,6 +51,7 @@ class ICF(nn.Module):
         self.visual = VisualEncoder(model.visual.name, model.visual.weights if pretrained else "none",
                                     model.visual.freeze_norm)
         self.audio = VGGish(model.audio.weights if pretrained else "none", model.audio.width, model.audio.train)
+        self.standardise = Standardise(AUDIO_DIM) if model.audio.standardise else None
         channels = self.visual.channels
         self.context = VisualContext(channels[2:], context.levels, context.dim, context.literal_product)
         self.pixel_decoder = PixelDecoder(channels, decoder.dim, decoder.pixel_layers, decoder.pixel_ffn, decoder.heads,
@@ -113,15 +115,16 @@ class ICF(nn.Module):
     def _encode(self, batch: Batch, clips: Packing) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Maps of the real frames, res4 and res5 again by clip [B,T,C,h,w], and sound [B,T,128]."""
         maps = self.visual(clips.pack(batch.frames))                        # res2..res5 [N,C,H/4,W/4] ..
-        audio = self._hear(batch.log_mel, clips)                            # [B, T, 128]
+        audio = self._hear(batch.log_mel, clips, learn=True)                # [B, T, 128]
         coarse = [clips.unpack(x).flatten(0, 1) for x in maps[2:]]          # res4, res5 [B*T, C, h, w]
         coarse = self.context(coarse, clips.shape[1], clips.mask)
         coarse = [x.unflatten(0, clips.shape) for x in coarse]
         return [*maps[:2], *(clips.pack(x) for x in coarse)], coarse, audio
 
-    def _hear(self, log_mel: Tensor, clips: Packing) -> Tensor:
-        """[B,T,1,96,64] -> [B,T,128]."""
-        return clips.unpack(self.audio(clips.pack(log_mel)))
+    def _hear(self, log_mel: Tensor, clips: Packing, learn: bool = False) -> Tensor:
+        """[B,T,1,96,64] -> [B,T,128]; learn: what sounds usually are, in training."""
+        heard = self.audio(clips.pack(log_mel))
+        return clips.unpack(heard if self.standardise is None else self.standardise(heard, learn))
 
     def _read(self, coarse: list[Tensor], audio: Tensor, clips: Packing) -> Reading | None:
         return None if self.objective is None else self.objective.read(coarse, audio, clips.mask)

@@ -7,17 +7,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icf.objective.average import average
 from icf.objective.towers import TEMPLATES
+from icf.objective.usual import follow
 
 if TYPE_CHECKING:
     from icf.config import MITConfig
-
-MOMENTUM = 0.1      # of running means
 
 
 class Text(NamedTuple):
@@ -105,7 +103,7 @@ class MIT(nn.Module):
     def hearing(self, audio: Tensor, choices: Tensor) -> Tensor:
         """The audio text of sounds [..,T,audio_dim] outside the batch among `choices` [k,D]: [..,T,D]. What is usual is
         learned from the batch alone."""
-        return self._match(F.normalize(self.hear(audio), dim=-1), choices, "audio", follow=False)[0]
+        return self._match(F.normalize(self.hear(audio), dim=-1), choices, "audio", learn=False)[0]
 
     def composite(self, visual: Tensor, audio: Tensor) -> Tensor:
         """Eq. 5: gated visual and audio text [..,D] to one text [..,D]."""
@@ -158,14 +156,14 @@ class MIT(nn.Module):
         return {level: getattr(self, f"texts_{level}") for level in (*self.levels, "audio")}
 
     def _match(self, features: Tensor, texts: Tensor, level: str, real: Tensor | None = None,
-               follow: bool = True) -> tuple[Tensor, Tensor]:
-        """Best match of features [B,N,D] among texts [k,D], Eq. 3: [B,N,D] and which, [B,N]; real: [B or 1,N]; follow:
-        in training, learn from them what is usual."""
+               learn: bool = True) -> tuple[Tensor, Tensor]:
+        """Best match of features [B,N,D] among texts [k,D], Eq. 3: [B,N,D] and which, [B,N]; real: [B or 1,N]; learn:
+        in training, from them what is usual."""
         similarity = features @ texts.T                                                         # [B, N, k]
         if self.config.standardise:
             usual = getattr(self, f"usual_{level}")
-            if self.training and follow:
-                self.left_out += _follow(usual, similarity.detach().float(), real)
+            if self.training and learn:
+                self.left_out += follow(usual, similarity.detach().float(), real)
             mean, square = usual
             similarity = (similarity - mean) * (square - mean.square()).clamp(min=1e-8).rsqrt()
         index = similarity.argmax(-1)
@@ -216,21 +214,6 @@ def _without_towers(module: MIT, state: dict, prefix: str, _) -> None:
 
 def _towers_are_not_missed(module: MIT, keys) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if ".towers." not in f".{name}"]
-
-
-@torch.no_grad()
-def _follow(usual: Tensor, x: Tensor, real: Tensor | None) -> Tensor:
-    """Move running means [2,k], of x [B,N,k] and of its square, towards those of a batch, the clips of all processes
-    together; the first is taken as is. What is not finite is left out; returns how many of the B N are."""
-    finite = x.isfinite().all(-1, keepdim=True)                                                 # [B, N, 1]
-    real = torch.ones_like(finite) if real is None else real[..., None].expand(len(x), -1, 1)
-    weight, x = (real & finite).to(x.dtype), x.where(finite, 0)
-    sums = torch.stack([(y * weight).sum((0, 1)) for y in (x, x.square(), torch.ones_like(x))])  # [3, k]
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(sums)
-    now = torch.where(sums[2] > 0, sums[:2] / sums[2].clamp(min=1), usual)
-    usual.lerp_(now, torch.where(usual.any(), MOMENTUM, 1.0))
-    return (real & ~finite).sum()
 
 
 def _slots(tower: nn.Module, config: MITConfig) -> nn.Parameter:
