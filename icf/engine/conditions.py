@@ -41,10 +41,11 @@ class Conditions(Dataset):
         return index, [dataset[index] for dataset in self.datasets]
 
 
-def build_loader(datasets: Sequence[Dataset], cfg: Config) -> DataLoader:
-    """Batches (index int64 [B], one `Batch` per data set) of this process' clips, none of them twice."""
+def build_loader(datasets: Sequence[Dataset], cfg: Config, rows: Sequence[int] | None = None) -> DataLoader:
+    """Batches (index int64 [B], one `Batch` per data set) of this process' clips, none of them twice; rows: which of
+    the clips are wanted, None: all."""
     rank, processes = process()
-    clips = Conditions(datasets, range(rank, len(datasets[0]), processes))
+    clips = Conditions(datasets, (range(len(datasets[0])) if rows is None else rows)[rank::processes])
     return DataLoader(clips, cfg.eval.batch, num_workers=readers(cfg.data.workers), collate_fn=_collate,
                       pin_memory=torch.cuda.is_available())
 

@@ -48,8 +48,10 @@ def curves(history: dict) -> bytes:
         tint(axis, title, "step")
     rate, scores = axes[len(panels):len(panels) + 2]
     rate.plot([row["step"] for row in steps], [row["lr"] for row in steps], color="C4")
-    for key in ("J", "F"):
-        scores.plot([row["step"] for row in evaluations], [row[key] for row in evaluations], "o-", ms=3, label=key)
+    for key in ("J", "F", "J other sound"):
+        points = [(row["step"], row[key]) for row in evaluations if key in row]
+        if points:
+            scores.plot(*zip(*points, strict=True), "o-", ms=3, label=key)
     tint(rate, "learning rate", "step")
     tint(scores, "validation", "step")
     for axis in axes:

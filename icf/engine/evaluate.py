@@ -31,6 +31,8 @@ from icf.engine.tally import Negative, Tally
 from icf.files import write_atomic
 from icf.ops import use_backend
 
+LISTENERS = 64                                  # clips that are heard with another sound while training
+
 
 @torch.no_grad()
 def evaluate(
@@ -99,6 +101,27 @@ def validate(
         tally.add(predict(batch).masks, batch, index)
     with tally.synchronised():
         return tally.summary()
+
+
+@torch.no_grad()
+def hearing(
+    model: nn.Module, dataset: Dataset, cfg: Config, accelerator: Accelerator | None = None,
+) -> dict[str, float]:
+    """Whether a model listens: what J loses when clips get the sound of another, `J heard`, and the J that is left,
+    `J other sound`, on `LISTENERS` clips at most, spread over the data set; all processes get the result. A model that
+    goes by the picture alone loses nothing."""
+    model = accelerator.unwrap_model(model) if accelerator else model
+    device = next(model.parameters()).device
+    predict = model_predictor(model, len(dataset.classes), device)
+    rows = range(0, len(dataset), -(-len(dataset) // LISTENERS))
+    own, other = (Tally(len(dataset), dataset.classes, cfg, device) for _ in range(2))
+    disturbed = conditions(dataset, cfg, ["shuffled"])[1]["shuffled"]
+    for index, batches in build_loader([dataset, disturbed], cfg, rows):
+        for tally, batch in zip((own, other), batches, strict=True):
+            tally.add(predict(batch).masks, batch, index)
+    with own.synchronised(), other.synchronised():
+        left = other.summary(rows)["J"]
+        return {"J other sound": left, "J heard": own.summary(rows)["J"] - left}
 
 
 def _evaluate(

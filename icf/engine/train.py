@@ -41,7 +41,7 @@ from icf.engine.checkpoint import (
     step_of,
 )
 from icf.engine.conditions import conditions
-from icf.engine.evaluate import evaluate, validate
+from icf.engine.evaluate import evaluate, hearing, validate
 from icf.engine.gradients import gradient_norms
 from icf.engine.results import HISTORY
 from icf.files import write_atomic
@@ -150,7 +150,7 @@ def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
             progress.epoch, progress.seen = (progress.epoch + 1, 0) if through else (progress.epoch, progress.seen)
             finished = progress.epoch >= epochs or progress.step >= total_steps
             if finished or (cfg.train.evaluate_every and progress.epoch % cfg.train.evaluate_every == 0):
-                validation(accelerator, model, val_set, cfg, progress)
+                validation(accelerator, model, val_set, cfg, progress, finished)
             save_state(accelerator, cfg.out, progress.step, schedule=schedule, progress=progress)
     return finish(accelerator, model, cfg)
 
@@ -356,10 +356,14 @@ def log(accelerator: Accelerator, losses: dict[str, Tensor], schedule: LambdaLR,
     bar.set_postfix(loss=f"{row['loss']:.3f}", epoch=progress.epoch + 1)
 
 
-def validation(accelerator: Accelerator, model, val_set: Dataset, cfg: Config, progress: Progress) -> None:
-    """Score the validation split, keep the weights if they are the best so far, and write ``metrics.json``."""
+def validation(accelerator: Accelerator, model, val_set: Dataset, cfg: Config, progress: Progress,
+               last: bool = False) -> None:
+    """Score the validation split, keep the weights if they are the best so far, and write ``metrics.json``; at the
+    last one, say so where the model does not listen."""
     scores = {name: 0.0 if math.isnan(value) else value  # nan: a split without any object
               for name, value in validate(model, val_set, cfg, accelerator).items()}
+    if audible(cfg, val_set):
+        scores |= hearing(model, val_set, cfg, accelerator)
     progress.evaluations.append({"epoch": progress.epoch, "step": progress.step, **scores})
     accelerator.log({f"val/{name}": value for name, value in scores.items()}, step=progress.step)
     state = accelerator.get_state_dict(model)
@@ -373,6 +377,23 @@ def validation(accelerator: Accelerator, model, val_set: Dataset, cfg: Config, p
         history = json.dumps({"steps": progress.steps, "evaluations": progress.evaluations})
         write_atomic(cfg.out / HISTORY, lambda path: path.write_text(history))
         tqdm.write(f"epoch {progress.epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        if last and scores.get("J heard", 1) < DEAF:
+            tqdm.write(DEAF_ADVICE.format(scores["J heard"]))
+
+
+DEAF = 0.05
+"""Of what J loses with another sound."""
+DEAF_ADVICE = """With another clip's sound J falls by no more than {:.3f}: the model goes by the picture alone. Try:
+  model.audio.weights    a trained sound encoder; --model.audio.standardise true for one that is not
+  data.negatives 0.25    clips with a sound that belongs to nothing in them, in training
+  train.lr, train.warmup a smaller rate, a longer start: what salience explains is learned first
+"""
+
+
+def audible(cfg: Config, dataset: Dataset) -> bool:
+    """Whether clips of a data set can be given the sound of another, to a model that has ears."""
+    heard = cfg.model.network != "icf" or cfg.model.decoder.query_mode != "learnable"
+    return heard and len(dataset) > 1 and cfg.data.audio_source == "wav"
 
 
 def finish(accelerator: Accelerator, model, cfg: Config) -> dict:

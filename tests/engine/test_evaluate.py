@@ -15,7 +15,7 @@ import icf.engine.evaluate
 from icf.config import Config, DataConfig, EvalConfig
 from icf.data import Clip
 from icf.data.avsbench import class_palette
-from icf.engine.evaluate import evaluate, evaluate_masks, validate
+from icf.engine.evaluate import evaluate, evaluate_masks, hearing, validate
 
 SIZE, SECONDS, CLIPS, RATE = 32, 3, 7, 16000
 CLASSES = ["background", "disc", "square"]
@@ -189,6 +189,13 @@ def test_validate_gives_the_default_modes_and_leaves_the_model_in_training(squar
     scores = validate(model, squares, cfg)
     results = run(model, tmp_path, cfg)
     assert scores == {key: results[key] for key in ("J", "F", "J&F")} and model.training
+
+
+@pytest.mark.parametrize("most", [64, 3])
+def test_what_j_loses_with_another_sound_tells_who_listens(squares, monkeypatch, most):
+    monkeypatch.setattr(icf.engine.evaluate, "LISTENERS", most)
+    deaf, listens = (hearing(Listener(deaf=deaf), squares, config()) for deaf in (True, False))
+    assert deaf["J heard"] == 0 < listens["J heard"] == pytest.approx(1 - listens["J other sound"])
 
 
 def test_report_shows_the_worst_clips_first(squares, tmp_path):

@@ -105,7 +105,10 @@ def test_a_run_leaves_config_metrics_weights_scores_and_report(finished):
     assert read_config(run) == read_config(run / "best.safetensors") == finished
     history = json.loads((run / "metrics.json").read_text())
     assert [row["step"] for row in history["steps"]] == list(range(1, 9))  # 16 clips, 4 a step, 2 epochs
-    assert len(history["evaluations"]) == 2 and {"J", "F", "J&F"} <= history["evaluations"][0].keys()
+    assert len(history["evaluations"]) == 2
+    assert {"J", "F", "J&F", "J other sound", "J heard"} <= history["evaluations"][0].keys()
+    assert run.with_suffix(".log").read_text().count("goes by the picture alone") == (
+        history["evaluations"][-1]["J heard"] < 0.05), "told once, at the end"
     assert (run / "results.json").is_file() and (run / "report.html").is_file() and any((run / "tensorboard").iterdir())
     assert not list(run.rglob("*.partial"))
 
