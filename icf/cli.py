@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ USAGE = """usage: icf COMMAND ...
   train [PRESET]       train a model, evaluate it on the test split and write a report
   evaluate RUN         score a run folder or weights file on a data set
   export RUN FILE      write what inference needs of a run, without the training objective
-  predict SOURCE       segment what sounds in a video, or in a folder of frames with a wav file
+  predict SOURCE ...   segment what sounds in videos, or in folders of frames with a sound file
   compare RUN ...      runs side by side: scores, features, and the clips on which they differ
   ablate               train the paper's ablations, and set what is measured beside its numbers
   data toy FOLDER      write the toy benchmark
@@ -69,19 +70,23 @@ def config_of(source: Path) -> str:
     return yaml.safe_dump(read_config(source).to_dict())
 
 
-def parse(own: argparse.ArgumentParser, args: list[str], base) -> tuple[argparse.Namespace, Config]:
+def parse(own: argparse.ArgumentParser, args: list[str], base,
+          several: bool = False) -> tuple[argparse.Namespace, Config]:
     """What a command was given: its own options, and the configuration.
 
     Args:
-        own: the parser of the command's own options; a leading argument that is no option becomes its ``target``.
+        own: the parser of the command's own options; leading arguments that are no options become its ``targets``, the
+            first of them its ``target``.
+        several: more than one of these is allowed.
         base: from the command's own options, the YAML files or texts that the configuration starts from, each laid
             over those before. The remaining options of ``args`` (``--train.lr 1e-3``) go on top.
     """
-    options, configure = prepare(own, args)
+    options, configure = prepare(own, args, several)
     return options, configure(base(options))
 
 
-def prepare(own: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Namespace, Callable[..., Config]]:
+def prepare(own: argparse.ArgumentParser, args: list[str],
+            several: bool = False) -> tuple[argparse.Namespace, Callable[..., Config]]:
     """The command's own options, and a function that gives the configuration of the others, which lie between YAML
     files or texts ``below`` and, if given, ``above`` them."""
     fields = config_parser(prog=own.prog, usage=argparse.SUPPRESS, exit_on_error=False)
@@ -90,9 +95,12 @@ def prepare(own: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Nam
         print("\nfields of the configuration:")
         fields.print_help()
         sys.exit()
-    target, args = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
-    options, rest = own.parse_known_args(args)
-    options.target = target and os.path.expanduser(target)
+    targets = list(takewhile(lambda arg: not arg.startswith("-"), args))
+    if len(targets) > 1 and not several:
+        raise ValueError(f"{own.prog.split()[1]}: expected one name, got {targets[0]!r} and {targets[1]!r}")
+    options, rest = own.parse_known_args(args[len(targets):])
+    options.targets = [os.path.expanduser(target) for target in targets]
+    options.target = next(iter(options.targets), None)
 
     def configure(below: list[str], above: Sequence[str] = ()) -> Config:
         layers = [*(("--config", x) for x in below), rest, *(("--config", x) for x in above)]
@@ -152,6 +160,8 @@ def evaluate(args: list[str]) -> None:
     options, cfg = parse(own, args, base)
     from icf.engine.evaluate import evaluate as run
     from icf.engine.evaluate import evaluate_masks
+    if options.target and options.masks is None:
+        refuse_other_weights(cfg, Path(options.target))
     from icf.engine.results import scores_folder
     device = pick_device(options.device)
     if options.target and not any(arg.startswith("--out") for arg in args):  # beside the weights, wherever they are now
@@ -174,27 +184,59 @@ def export(args: list[str]) -> None:
 
 
 def predict(args: list[str]) -> None:
-    own = command("predict SOURCE", "Segment what sounds in a video, or in a folder of frames with one wav file.",
-                  "Writes the overlay video with its sound, the masks, a contact sheet and predictions.json.")
+    own = command("predict SOURCE ...", "Segment what sounds in videos, or in folders of frames with one sound file.",
+                  "Writes the overlay video with its sound, the masks, a contact sheet and predictions.json of each. A "
+                  "SOURCE may also be a folder of videos, or a pattern such as 'clips/*.mp4'.")
     own.add_argument("--weights", type=user_path, default=Path("runs") / DEFAULT_PRESET, metavar="RUN",
                      help="run folder or weights file (default: %(default)s)")
-    own.add_argument("--output", type=user_path, help="folder to write to (default: predictions/NAME of the source)")
+    own.add_argument("--output", type=user_path, help="folder to write to, of several sources one for each in it "
+                     "(default: predictions/NAME of the source)")
+    own.add_argument("--threshold", type=float, help="of the probability, for binary masks (default: that of the run)")
     own.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default a GPU if there is one")
     own.add_argument("--overlap", type=int, default=0, metavar="SECONDS", help="overlap of neighbouring windows")
     own.add_argument("--silent-ok", action="store_true", help="treat a video without sound as silent")
+    own.add_argument("--strict", action="store_true", help="refuse damaged videos; else what is damaged is left out")
 
     def base(options) -> list[str]:
         if options.target is None:
             raise ValueError("predict: a video file or a folder of frames is required, as in: icf predict CLIP.mp4")
         return [config_of(options.weights)]
 
-    options, cfg = parse(own, args, base)
+    options, cfg = parse(own, args, base, several=True)
     from icf.engine.checkpoint import read_notes
+    from icf.engine.predict import find_sources, output_folders
     from icf.engine.predict import predict as run
-    source, device = Path(options.target), pick_device(options.device)
-    out, classes = options.output or Path("predictions") / source.stem, read_notes(options.weights).get("classes")
-    run(load(options.weights, device), cfg, source, out, device=device, silent_ok=options.silent_ok,
-        overlap=options.overlap, classes=classes or None)
+    device = pick_device(options.device)
+    refuse_other_weights(cfg, options.weights)
+    sources = find_sources(options.targets)
+    several = len(sources) > 1 or sources != [Path(options.target)]
+    outs = output_folders(sources, options.output) if several else [
+        options.output or Path("predictions") / sources[0].stem]
+    classes, model = read_notes(options.weights).get("classes") or None, load(options.weights, device)
+    if cfg.data.toy is not None:
+        print("icf: these weights have seen the shapes of the toy benchmark alone; of other pictures and sounds expect "
+              "nothing", file=sys.stderr)
+    failed = []
+    for source, out in zip(sources, outs, strict=True):
+        try:
+            run(model, cfg, source, out, device=device, threshold=options.threshold, silent_ok=options.silent_ok,
+                overlap=options.overlap, classes=classes, strict=options.strict)
+        except ValueError as error:
+            if not several:
+                raise
+            failed.append(source)
+            print(f"icf: {error}", file=sys.stderr)
+    if failed:
+        raise ValueError(f"predict: {len(failed)} of {len(sources)} sources failed: {', '.join(map(str, failed))}")
+
+
+def refuse_other_weights(cfg: Config, source: Path) -> None:
+    """Raise ValueError where a setting differs from that of the weights which only training could bring into them."""
+    parser = config_parser(exit_on_error=False)
+    saved = build_config(parser, parser.parse_args(["--config", config_of(source)]))
+    for key, (was, wanted) in cfg.differences(saved).items():
+        if key.startswith(("model.", "loss.", "objective.", "train.")):
+            raise ValueError(f"{key}: expected {was}, with which the weights were trained, got {wanted}")
 
 
 def compare(args: list[str]) -> None:
@@ -297,6 +339,7 @@ def data_import(args: list[str]) -> None:
     own.add_argument("--name", help="of the clip (default: of the file)")
     own.add_argument("--category", default="", help="what sounds")
     own.add_argument("--silent-ok", action="store_true", help="accept a video without sound")
+    own.add_argument("--strict", action="store_true", help="refuse a damaged video")
     from icf.data.folder import import_clip
     import_clip(**vars(own.parse_args(args)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -217,13 +217,14 @@ def class_palette(classes: int) -> np.ndarray:
 
 
 @contextmanager
-def open_picture(path: Path, upright: bool = True) -> Iterator[Image.Image]:
+def open_picture(path: Path, upright: bool = True, formats: Sequence[str] = PICTURES) -> Iterator[Image.Image]:
     """An opened picture, decoded when its pixels are used; turned as its EXIF data ask, if not `upright` as stored.
+    formats: by Pillow's names.
 
     Raises FileNotFoundError, or ValueError for one that is broken, of more pixels than Pillow finds safe, or so slim
     that squaring it by its short edge would take GB."""
     try:
-        with Image.open(path, formats=PICTURES) as image:
+        with Image.open(path, formats=formats) as image:
             if max(image.size) > SLIMMEST * min(image.size) or image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels")
             if upright and stored_turned(image):
@@ -241,9 +242,9 @@ def stored_turned(image: Image.Image) -> bool:
     return (image.format != "PNG" or "exif" in image.info) and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
-def read_label(path: Path) -> np.ndarray:
+def read_label(path: Path, formats: Sequence[str] = PICTURES) -> np.ndarray:
     """Values of a label [H,W], or [H,W,channels] without alpha; a palette file is read by index."""
-    with open_picture(path) as image:
+    with open_picture(path, formats=formats) as image:
         values = np.array(image)
         return values[..., :-1] if image.mode in ("LA", "RGBA") else values
 
@@ -502,11 +503,13 @@ class AVSBench(torch.utils.data.Dataset):
         for i, path in enumerate(record.masks[:min(record.labelled, self.data.frames)]):
             if path is None:  # own clips may lack some labels
                 continue
-            values = read_label(path)
-            mask = semantic_mask(values, len(self.classes), path) if self.classes else binary_mask(
-                values, self.manifest["void"])
-            masks[i] = resize_label(mask, size, self._crop)
+            masks[i] = resize_label(self._read_label(path), size, self._crop)
         return masks
+
+    def _read_label(self, path: Path) -> np.ndarray:
+        values = read_label(path)
+        return semantic_mask(values, len(self.classes), path) if self.classes else binary_mask(
+            values, self.manifest["void"])
 
 
 def find_replaced(folder: Path, names: list[str]) -> list[Path]:

@@ -6,9 +6,12 @@ Labelled clips lie below one root:
     label2idx.json                  semantic labels: the names of the classes and their indices, background 0
     <name>/frames/*.jpg|png         in the order of the numbers in their names, `fps` a second (1 if not given)
     <name>/audio.wav                any rate and number of channels
-    <name>/labels/*.png             named as the frames they belong to; frames may lack one
+    <name>/labels/*.png             named as the frames they belong to; frames may lack one; `masks/` will do as well,
+                                    and .bmp, .tif, .gif, and .webp without loss
 
-Labels are binary (0 and 255, or 0 and 1) without `label2idx.json` and class indices with it; 255 is then ignored.
+With `label2idx.json` labels are class indices, 255 is ignored. Without it they are binary: black, or transparent, is
+background, and one other colour what sounds; a file in grey has 0 and 1, or 0 and the highest value. Anything else is
+refused.
 """
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,7 +35,16 @@ from torch import Tensor
 
 from icf.data import Clip
 from icf.data.audio import RATE
-from icf.data.avsbench import SPLITS, AVSBench, Record, is_file_name, open_picture, read_classes
+from icf.data.avsbench import (
+    SPLITS,
+    AVSBench,
+    Record,
+    is_file_name,
+    open_picture,
+    read_classes,
+    read_label,
+    semantic_mask,
+)
 from icf.data.transforms import to_rgb
 from icf.data.video import open_video, read_sound
 from icf.files import read_csv, read_text
@@ -41,6 +54,10 @@ MOMENT = Fraction(15, 16)  # of its second at which a frame is taken, as in AVSB
 SLOWEST, FASTEST = Fraction(1, 60), 1000  # pictures a second
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".m4a")
+LABEL_FOLDERS = ("labels", "masks")
+LABELS = (".png", ".bmp", ".tif", ".tiff", ".gif", ".webp")
+LABEL_FORMATS = ("PNG", "BMP", "TIFF", "GIF", "WEBP")
+SYSTEM = ("thumbs.db", "desktop.ini")  # and what begins with a dot: files of operating systems
 
 
 @dataclass(frozen=True)
@@ -129,6 +146,9 @@ class FolderDataset(AVSBench):
             records = [replace(record, masks=_first(record.masks)) for record in records]
         return root, records, classes
 
+    def _read_label(self, path: Path) -> np.ndarray:
+        return read_own_label(path, len(self.classes))
+
     def _clip(self, index: int, log_mel: Tensor) -> Clip:
         labelled = [path is not None for path in self.records[index].masks[:self.data.frames]]
         labelled += [False] * (self.data.frames - len(labelled))
@@ -141,7 +161,7 @@ def read_clips(root: Path) -> list[Record]:
     Raises:
         FileNotFoundError: there is no `clips.csv`, or a clip has no pictures.
         ValueError: a row of `clips.csv` is incomplete or repeats a clip, its split or fps is out of range, or a label
-            belongs to no picture.
+            belongs to no picture, or may have lost something (.jpg).
     """
     path = root / METADATA
     if not path.is_file():
@@ -167,13 +187,65 @@ def _record(folder: Path, name: str, split: str, fps: Fraction, category: str) -
     frames = list_files(folder / "frames", PICTURES)
     if not frames:
         raise FileNotFoundError(f"{folder / 'frames'}: no pictures ({', '.join(PICTURES)})")
-    labels = {path.stem: path for path in list_files(folder / "labels", (".png",))}
+    labels = _find_labels(folder)
     if strangers := labels.keys() - {path.stem for path in frames}:
         raise ValueError(f"{labels[min(strangers)]}: no picture of that name in {folder / 'frames'}")
     seconds = max(1, round(len(frames) / fps))
     chosen = [frames[min(int((second + MOMENT) * fps), len(frames) - 1)] for second in range(seconds)]
     return Record(name, split, "folder", tuple(chosen), tuple(labels.get(path.stem) for path in chosen),
                   labelled=seconds, sound=folder / "audio.wav", categories=(category,) if category else ())
+
+
+def _find_labels(folder: Path) -> dict[str, Path]:
+    """The labels of a clip by the name of their picture."""
+    folders = [folder / name for name in LABEL_FOLDERS if (folder / name).is_dir()]
+    if len(folders) > 1:
+        raise ValueError(f"{folder}: expected one folder of labels, got {' and '.join(path.name for path in folders)}")
+    labels: dict[str, Path] = {}
+    for path in sorted(folders[0].iterdir()) if folders else []:
+        if path.name.startswith(".") or path.name.lower() in SYSTEM:
+            continue
+        if path.suffix.lower() not in LABELS:
+            raise ValueError(f"{path}: no label; expected one of {', '.join(LABELS)}, which keep every pixel's value")
+        if path.stem in labels:
+            raise ValueError(f"{path}: {labels[path.stem].name} is a label of the same picture")
+        labels[path.stem] = path
+    return labels
+
+
+def read_own_label(path: Path, classes: int) -> np.ndarray:
+    """Mask [H,W] uint8 of a label: 0 and 1, or class indices and 255.
+
+    Args:
+        classes: number of classes with background; 0 for binary labels.
+
+    Raises:
+        ValueError: what the label's values mean is not certain.
+    """
+    if classes:
+        return semantic_mask(read_label(path, LABEL_FORMATS), classes, path)
+    with open_picture(path, formats=LABEL_FORMATS) as image:
+        if "transparency" in image.info:
+            image = image.convert("RGBA")
+        if "A" in image.getbands() and image.getchannel("A").getextrema() != (255, 255):
+            image = image.getchannel("A")  # opaque is what sounds
+        elif image.mode in ("P", "LA", "RGBA", "CMYK"):  # indices alone do not tell which is the background
+            image = image.convert("RGB")
+        values = np.array(image)
+    values = values.reshape(*values.shape[:2], -1)                          # [H,W,channels]
+    colours = np.unique(values.reshape(-1, values.shape[2]), axis=0).tolist()
+    shown = [colour for colour in colours if any(colour)]
+    full = {1, 255, np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1}
+    if len(shown) > 1 or any(len({*colour}) == 1 and colour[0] not in full for colour in shown):
+        found = ", ".join(str(colour[0] if len(colour) == 1 else tuple(colour)) for colour in colours[:4])
+        raise ValueError(f"{path}: holds {found}{', ..' if len(colours) > 4 else ''}, expected 0 and 255; labels of "
+                         "several classes need the file label2idx.json beside clips.csv")
+    return (values != 0).any(2).astype(np.uint8)
+
+
+def unused_labels(record: Record) -> list[Path]:
+    """Labels of pictures of a clip that are not the one of their second."""
+    return sorted({*_find_labels(record.sound.parent).values()} - {*record.masks})
 
 
 def _first(masks: tuple[Path | None, ...]) -> tuple[Path | None, ...]:
@@ -183,7 +255,7 @@ def _first(masks: tuple[Path | None, ...]) -> tuple[Path | None, ...]:
 
 
 def import_clip(root: Path, video: Path, split: str, labels: Path | None = None, name: str | None = None,
-                category: str = "", silent_ok: bool = False) -> Record:
+                category: str = "", silent_ok: bool = False, strict: bool = False) -> Record:
     """Add a video to the own clips below `root`: one picture a second as PNG, the sound, a row of `clips.csv`.
 
     Args:
@@ -195,6 +267,7 @@ def import_clip(root: Path, video: Path, split: str, labels: Path | None = None,
         name: of the clip; the stem of the video's file name if not given.
         category: what sounds, if known.
         silent_ok: accept a video without sound.
+        strict: refuse damaged pictures or sound, which are else left out with a warning.
 
     Returns:
         The record of the clip.
@@ -208,7 +281,7 @@ def import_clip(root: Path, video: Path, split: str, labels: Path | None = None,
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
     if Path(name).name != name or (root / name).exists():
         raise ValueError(f"name: expected a new file name below {root}, got {name!r}")
-    source = open_video(video, silent_ok)
+    source = open_video(video, silent_ok, strict)
     found = list_files(Path(labels), (".png",)) if labels else []
     masks = {int(path.stem): path for path in found if path.stem.isdecimal()}
     if labels and not masks:
@@ -232,8 +305,13 @@ def import_clip(root: Path, video: Path, split: str, labels: Path | None = None,
         for second, path in masks.items():
             shutil.copyfile(path, clip / "labels" / f"{second}.png")
         with soundfile.SoundFile(clip / "audio.wav", "w", RATE, 1, "PCM_16") as file:
-            for piece in read_sound(source.sound, source.start) if source.sound else [np.zeros(RATE * seconds)]:
-                file.write(piece)
+            left = RATE * seconds  # as much sound as there are pictures
+            for piece in chain(read_sound(source.sound, source.start, strict) if source.sound else (),
+                               repeat(np.zeros(RATE, np.float32))):
+                file.write(piece[:left])
+                left -= len(piece[:left])
+                if not left:
+                    break
         os.replace(clip, root / name)
         _append(root / METADATA, {"name": name, "split": split, "fps": "1", "category": category})
     return _record(root / name, name, split, Fraction(1), category)

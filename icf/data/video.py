@@ -6,6 +6,7 @@ variable frame rates, a late sound track and gaps in it come out right. Sound is
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ import av
 import numpy as np
 from av.stream import Disposition
 
+from icf.data.clock import LONGEST, read_clock
+
 SOUND_RATE = 16000
-LONGEST = 24 * 3600  # seconds, beyond which time stamps are not believed
 MAX_PIXELS = 2**26  # of a picture: twice those of 8K
 SOUND_JUMP = Fraction(1, 20)  # seconds between two pieces of sound from which the time stamps are believed: a gap
 COLOURS = {1: "ITU709", 4: "FCC", 7: "SMPTE240M"}  # by FFmpeg's number, which older PyAV overlook
+AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 COPIED_SOUND = {"aac", "mp3", "mp3float", "ac3", "eac3", "opus", "flac", "alac"}  # what players accept inside an mp4
 
 
@@ -38,6 +41,7 @@ class Video:
         start: time stamp of the first picture, in seconds of the file's clock.
         sound: the file with the sound track, None where there is none.
         aspect: width of a pixel by its height, as it is to be shown.
+        strict: refuse damaged pictures, which are else left out with a warning.
     """
 
     path: Path
@@ -49,14 +53,16 @@ class Video:
     start: Fraction
     sound: Path | None
     aspect: Fraction = Fraction(1)
+    strict: bool = False
 
     def frames(self) -> Iterator[tuple[Fraction, np.ndarray]]:
         """All pictures in order: time in seconds since the first, and [height, width, 3] uint8 RGB, upright.
 
-        Pictures whose size differs from the first are scaled to it, those without a later time stamp than the one
-        before are left out. Raises ValueError where the file cannot be decoded or ends long before its declared end.
+        Pictures whose size differs from the first are scaled to it, one without a later time stamp than the one before
+        follows it at the mean rate. Raises ValueError where the file cannot be decoded or ends long before its declared
+        end.
         """
-        for time, frame, size, _ in _decoded(self.path):
+        for time, frame, size, _ in _decoded(self.path, self.strict):
             yield time, _upright(frame, size)
 
     def sampled(
@@ -74,7 +80,7 @@ class Video:
         if fps <= 0 or not 0 <= offset < 1:
             raise ValueError(f"fps and offset: expected above 0 and in 0..1, got {float(fps)} and {float(offset)}")
         index, shown, end = 0, None, Fraction(0)
-        for time, frame, size, step in _decoded(self.path):
+        for time, frame, size, step in _decoded(self.path, self.strict):
             while shown is not None and time > (index + offset) / fps:
                 yield shown[0], _upright(*shown[1:])
                 index += 1
@@ -84,12 +90,13 @@ class Video:
             index += 1
 
 
-def open_video(path: Path, silent_ok: bool = False) -> Video:
+def open_video(path: Path, silent_ok: bool = False, strict: bool = False) -> Video:
     """Look at a file and decode its first picture.
 
     Args:
         path: any video that FFmpeg reads.
         silent_ok: accept a file without a sound track.
+        strict: refuse damaged pictures, when they are read.
 
     Raises:
         ValueError: one line naming the file, when it is missing or broken or lacks pictures or sound.
@@ -97,7 +104,7 @@ def open_video(path: Path, silent_ok: bool = False) -> Video:
     path = Path(path)
     with _opened(path) as container:
         stream = _picture_stream(container, path)
-        frame = next(container.decode(stream), None)
+        frame = next(_frames(container, stream, path, None, strict), None)
         if frame is None:
             raise ValueError(f"{path}: the video stream holds no picture")
         if not container.streams.audio and not silent_ok:
@@ -106,44 +113,58 @@ def open_video(path: Path, silent_ok: bool = False) -> Video:
         aspect = Fraction(stream.sample_aspect_ratio or 1)
         return Video(path, width, height, _declared(container, stream), _rate(stream), stream.time_base,
                      start=_time(frame) or Fraction(0), sound=path if container.streams.audio else None,
-                     aspect=1 / aspect if round(frame.rotation / 90) % 2 else aspect)
+                     aspect=1 / aspect if round(frame.rotation / 90) % 2 else aspect, strict=strict)
 
 
-def read_sound(path: Path, start: Fraction | float = 0) -> Iterator[np.ndarray]:
+def read_sound(path: Path, start: Fraction | float = 0, strict: bool = False) -> Iterator[np.ndarray]:
     """Sound of a video or sound file in pieces of float32 [n], 16 kHz mono, beginning at `start` of the file's clock.
 
-    What the time stamps leave out, before the first piece or within, is filled with zeros.
+    What the time stamps leave out, before the first piece or within, is filled with zeros, and so is what is damaged.
+
+    Args:
+        strict: refuse damaged sound.
 
     Raises:
         ValueError: one line naming the file, when it has no sound track or it cannot be decoded.
     """
+    for piece in _sound(path, start, SOUND_RATE, None, strict):
+        yield piece.mean(axis=0)  # FFmpeg's own mixing to mono would make two equal channels louder by 3 dB
+
+
+def _sound(path: Path, start: Fraction | float, rate: int, layout: str | None, strict: bool) -> Iterator[np.ndarray]:
+    """As `read_sound`, in pieces of float32 [channels, n] at a rate; layout: None for that of the file."""
     with _opened(path) as container:
-        if not container.streams.audio:
-            raise ValueError(f"{path}: no sound track")
+        track = _sound_track(container, path)
         clock, resampler, coding, surplus = Fraction(start), None, None, 0  # surplus: samples from before `start`
-        for frame in chain(container.decode(_default(container.streams.audio)), [None]):
+        channels = 1 if layout in (None, "mono") else 2
+        for frame in chain(_frames(container, track, path, start, strict), [None]):
             pieces, time, now = [], clock, None
             if frame is not None:
                 time = clock if frame.pts is None else _within(_time(frame), start, path)
                 now = (frame.format.name, frame.layout.name, frame.sample_rate)
             if resampler is not None and (now != coding or time - clock > SOUND_JUMP):
-                pieces += _resampled(resampler, None)
+                pieces += [_samples(piece) for piece in resampler.resample(None)]
                 resampler = None
             if frame is not None:
                 if resampler is None:
-                    resampler, coding = av.AudioResampler("fltp", frame.layout, SOUND_RATE), now
-                    samples = round((time - clock) * SOUND_RATE)
-                    pieces += repeat(np.zeros(SOUND_RATE, np.float32), max(samples, 0) // SOUND_RATE)
-                    pieces.append(np.zeros(max(samples, 0) % SOUND_RATE, np.float32))
+                    resampler, coding = av.AudioResampler("flt", layout or frame.layout, rate), now
+                    samples = round((time - clock) * rate)
+                    pieces += repeat(np.zeros((channels, rate), np.float32), max(samples, 0) // rate)
+                    pieces.append(np.zeros((channels, max(samples, 0) % rate), np.float32))
                     surplus += max(-samples, 0)
-                pieces += _resampled(resampler, frame)
+                pieces += [_samples(piece) for piece in resampler.resample(frame)]
                 clock = time + Fraction(frame.samples, frame.sample_rate)
             for piece in pieces:
                 if not np.isfinite(piece).all():
                     raise ValueError(f"{path}: holds sound that is not finite")
-                if len(piece) > surplus:
-                    yield piece[surplus:]
-                surplus = max(surplus - len(piece), 0)
+                if piece.shape[1] > surplus:
+                    yield piece[:, surplus:]
+                surplus = max(surplus - piece.shape[1], 0)
+
+
+def _samples(frame: av.AudioFrame) -> np.ndarray:
+    """[channels, n]; interleaved, as PyAV reads planes of no more than eight channels."""
+    return frame.to_ndarray().reshape(-1, len(frame.layout.channels)).T
 
 
 def write_video(
@@ -175,13 +196,15 @@ def write_video(
     first = next(frames, None)
     if first is None:
         raise ValueError(f"{out}: there is no frame to write")
-    partial = out.with_name(f".{out.name}.part")
+    partial, track = (out.with_name(f".{out.name}.{part}") for part in ("part", "sound"))
     try:
+        if sound is not None:
+            write_sound(track, sound, sound_start)
         with av.open(f"file:{partial}", "w", format="mp4", options={"movflags": "faststart"}) as container:
             height, width = first[1].shape[:2]
             picture = _picture_encoder(container, width + width % 2, height + height % 2, frame_rate, time_base)
             picture.codec_context.sample_aspect_ratio = aspect
-            source = iter(()) if sound is None else _sound_packets(container, sound, sound_start)
+            source = iter(()) if sound is None else _packets(container, track)
             packet = next(source, None)
             for time, image in chain([first], frames):
                 while packet is not None and packet.dts * packet.time_base <= time:
@@ -195,6 +218,7 @@ def write_video(
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
+        track.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -221,34 +245,84 @@ def _picture_stream(container, path: Path):
     return stream
 
 
+def _sound_track(container, path: Path) -> av.AudioStream:
+    if not container.streams.audio:
+        raise ValueError(f"{path}: no sound track")
+    return _default(container.streams.audio)
+
+
 def _default(streams: Sequence[av.stream.Stream]) -> av.stream.Stream:
     """The track that players show: the one marked as default, else the first."""
     return next((stream for stream in streams if stream.disposition & Disposition.default), streams[0])
 
 
-def _decoded(path: Path) -> Iterator[tuple[Fraction, av.VideoFrame, tuple[int, int], Fraction]]:
-    """Time since the first picture, the picture, (width, height) of the first as stored, and seconds per picture."""
+def _decoded(path: Path, strict: bool = False) -> Iterator[tuple[Fraction, av.VideoFrame, tuple[int, int], Fraction]]:
+    """Time since the first picture, the picture, (width, height) of the first as stored, and seconds per picture.
+
+    A picture without a time stamp of its own, none or that of one before it, follows the one before it at the mean
+    rate."""
     with _opened(path) as container:
         stream = _picture_stream(container, path)
         step = 1 / _rate(stream)
         start = last = size = None
-        for frame in container.decode(stream):
+        for frame in _frames(container, stream, path, None, strict):
             time = _time(frame)
-            if time is None:
-                time = Fraction(0) if last is None else last + step
-            if last is not None and time <= last:
-                continue
-            last = time
+            if last is not None and (time is None or time <= last):
+                time = last + step
+            last = time = time or Fraction(0)
             if start is None:
                 start, size = time, (frame.width, frame.height)
             _within(time, start, path)
             yield time - start, frame, size, step
         if start is None:
             raise ValueError(f"{path}: the video stream holds no picture")
-        declared = stream.duration and float(stream.duration * stream.time_base)
+        jumps = stream.index in read_clock(path).shifts
+        declared = stream.duration and not jumps and float(stream.duration * stream.time_base)
         found = float(last - start + step)
         if declared and found < 0.9 * declared - 1:  # ends of edited files are often a little off
             raise ValueError(f"{path}: is cut off: its pictures end at {found:.1f} s of {declared:.1f} s")
+
+
+def _frames(container, track, path: Path, start: Fraction | None, strict: bool) -> Iterator[av.frame.Frame]:
+    """The frames of a track. What is damaged is left out, and told in one warning when all has been read.
+
+    Args:
+        start: of the file's clock, None for the first frame's.
+
+    Raises:
+        ValueError: something is damaged, and reading `strict`. FFmpegError: nothing can be decoded.
+    """
+    damaged: list[float] = []
+    first_error, kind, stamp = None, "pictures" if track.type == "video" else "sound", 0
+    for packet in read_clock(path).packets(container, track):
+        stamp = next((x for x in (packet.pts, packet.dts) if x is not None), stamp)
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError as error:
+            time = float(stamp * Fraction(track.time_base) - (start or 0))
+            if strict:
+                raise ValueError(f"{path}: damaged {kind} at {time:.1f} s ({error.strerror})") from error
+            damaged.append(time)
+            first_error = first_error or error
+            continue
+        for frame in frames:
+            start = _time(frame) if start is None else start
+            yield frame
+    if first_error is not None and start is None:
+        raise first_error
+    if damaged:
+        warnings.warn(f"{path}: {kind} damaged, and left out, at {_spans(damaged)}", stacklevel=2)
+
+
+def _spans(times: list[float]) -> str:
+    """Moments in seconds as spans, `1.2, 3.0-3.4 s`; those less than half a second apart are one."""
+    spans: list[list[float]] = []
+    for time in sorted(times):
+        if spans and time - spans[-1][1] < 0.5:
+            spans[-1][1] = time
+        else:
+            spans.append([time, time])
+    return ", ".join("-".join(dict.fromkeys(f"{time:.1f}" for time in span)) for span in spans) + " s"
 
 
 def _declared(container, stream) -> float | None:
@@ -280,11 +354,6 @@ def _upright(frame: av.VideoFrame, size: tuple[int, int] | None = None) -> np.nd
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
 
 
-def _resampled(resampler: av.AudioResampler, frame: av.AudioFrame | None) -> list[np.ndarray]:
-    """The mean of the channels; FFmpeg's own mixing to mono would make two equal channels louder by 3 dB."""
-    return [piece.to_ndarray().mean(axis=0) for piece in resampler.resample(frame)]
-
-
 def _picture_encoder(container, width: int, height: int, frame_rate: Fraction, time_base: Fraction):
     stream = container.add_stream("libx264", rate=frame_rate, options={"crf": "18", "preset": "veryfast"})
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -304,26 +373,69 @@ def _encoded(stream, time: Fraction, image: np.ndarray) -> list[av.Packet]:
     return stream.encode(frame)
 
 
-def _sound_packets(container, path: Path, start: Fraction) -> Iterator[av.Packet]:
-    """Packets for a sound track that the first step adds to `container`, with `start` of the file moved to time 0."""
-    with _opened(path) as source:
-        if not source.streams.audio:
-            raise ValueError(f"{path}: no sound track")
-        track = _default(source.streams.audio)
-        if track.codec_context.name in COPIED_SOUND:
+def write_sound(out: Path, sound: Path, start: Fraction = Fraction(0), strict: bool = False) -> None:
+    """Write the sound track of a file as an mp4 whose time 0 is the moment `start` of the file's clock.
+
+    It is copied bit for bit where mp4 players accept its coding and it is whole, and becomes AAC otherwise: at the
+    nearest rate that AAC has, mono or stereo, with zeros where its time stamps leave something out.
+
+    Raises:
+        ValueError: one line naming the file, when it has no sound track, cannot be decoded, or, `strict`, is damaged.
+    """
+    partial = out.with_name(f".{out.name}.part")
+    try:
+        with _opened(sound) as source:
+            track = _sound_track(source, sound)
+            rate, layout = min(AAC_RATES, key=lambda x: (abs(x - track.rate), -x)), _players_layout(track.channels)
+            copied = track.codec_context.name in COPIED_SOUND and not read_clock(sound).shifts.get(track.index)
+        if not (copied and _copy_sound(partial, sound, start)):
+            with av.open(f"file:{partial}", "w", format="mp4") as container:
+                target = container.add_stream("aac", rate=rate, layout=layout)
+                for frame in _as_frames(_sound(sound, start, rate, layout, strict), rate, layout):
+                    container.mux(target.encode(frame))
+                container.mux(target.encode(None))
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _copy_sound(out: Path, path: Path, start: Fraction) -> bool:
+    """Whether the packets of a sound track could be copied: each can be decoded, and an mp4 takes it."""
+    try:
+        with av.open(f"file:{path}") as source, av.open(f"file:{out}", "w", format="mp4") as container:
+            track = _sound_track(source, path)
             target = container.add_stream_from_template(track)
             shift = round(start / track.time_base)
             for packet in source.demux(track):
+                packet.decode()
                 if packet.dts is not None:
                     packet.pts = (packet.dts if packet.pts is None else packet.pts) - shift
                     packet.dts, packet.stream = packet.dts - shift, target
-                    yield packet
-            return
-        layout = "mono" if track.channels == 1 else "stereo"
-        target = container.add_stream("aac", rate=min(track.rate, 48000), layout=layout)
-        for frame in source.decode(track):
-            if frame.pts is not None:
-                frame.pts = round((_time(frame) - start) * frame.sample_rate)
-                frame.time_base = Fraction(1, frame.sample_rate)
-            yield from target.encode(frame)
-        yield from target.encode(None)
+                    container.mux(packet)
+        return True
+    except (av.error.FFmpegError, ValueError):
+        return False
+
+
+def _as_frames(pieces: Iterable[np.ndarray], rate: int, layout: str) -> Iterator[av.AudioFrame]:
+    place = 0
+    for piece in pieces:
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(piece), "fltp", layout)
+        frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), place
+        place += piece.shape[1]
+        yield frame
+
+
+def _players_layout(channels: int) -> str:
+    return "mono" if channels == 1 else "stereo"
+
+
+def _packets(container, sound: Path) -> Iterator[av.Packet]:
+    """Those of a file of `write_sound`, for a track that the first step adds to `container`."""
+    with av.open(f"file:{sound}") as source:
+        track = source.streams.audio[0]
+        target = container.add_stream_from_template(track)
+        for packet in source.demux(track):
+            if packet.dts is not None:
+                packet.stream = target
+                yield packet

@@ -4,12 +4,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import glob, has_magic
 from itertools import chain, islice, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -24,14 +28,17 @@ from icf.config import Config
 from icf.data import Clip, collate
 from icf.data.audio import RATE, log_mel_examples
 from icf.data.avsbench import class_palette, find_root, read_classes
-from icf.data.folder import FrameFolder, open_frames
+from icf.data.folder import PICTURES, FrameFolder, list_files, open_frames
 from icf.data.transforms import resize_frame
-from icf.data.video import Video, open_video, read_sound, write_video
+from icf.data.video import Video, open_video, read_sound, write_sound, write_video
 from icf.engine.masks import class_map
 from icf.ops import use_backend
 
 RECORD = "predictions.json"
 OUTPUTS = ("masks", "overlay.mp4", "contact_sheet.png", RECORD)  # the record last: it marks a finished prediction
+UNFINISHED = "unfinished"  # folder of what a prediction that failed had found out by then
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m4v", ".mpg", ".mpeg", ".mts", ".m2ts", ".flv", ".wmv",
+          ".3gp", ".ogv", ".gif")
 FOREGROUND = (230, 40, 60)  # RGB of a binary mask in the overlay
 
 
@@ -49,7 +56,7 @@ class Second:
 def predict(
     model: nn.Module, cfg: Config, source: Path, out: Path, *, device: torch.device | str = "cpu",
     threshold: float | None = None, silent_ok: bool = False, overlap: int = 0, batch: int = 1, progress: bool = True,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None, strict: bool = False,
 ) -> dict:
     """Segment `source` second by second and write masks, an overlay video, a contact sheet and a record to `out`.
 
@@ -59,7 +66,9 @@ def predict(
 
     `out` receives `masks/00000.png` ... (source size; 0 and 255, or class indices with a palette), `overlay.mp4` (every
     picture of the source under the mask of its second, with the sound), `contact_sheet.png` and `predictions.json`.
-    They appear when all is done; those of an earlier prediction are replaced.
+    They appear when all is done; those of an earlier prediction are replaced. Where something fails after seconds have
+    been segmented, their masks and their record stay in `out/unfinished`. What the sound of the overlay needs is tried
+    before the first second.
 
     Args:
         model: gives for a `Batch` in eval mode logits [B,T,1,h,w], or class scores [B,T,C,h,w].
@@ -73,6 +82,7 @@ def predict(
         progress: show progress bars on stderr, and in the end say where the results are.
         classes: names of the classes from index 0 (background) on, for the record and the contact sheet; None for those
             of the data at `cfg.data.root`, or numbers where that is missing.
+        strict: refuse a source with damaged pictures or sound, which are else left out with a warning.
 
     Returns:
         What is written to `predictions.json`.
@@ -88,7 +98,7 @@ def predict(
     if batch < 1 or not 0 < threshold < 1:
         raise ValueError(f"batch and threshold: expected at least 1 and in 0..1, got {batch} and {threshold}")
     source, out = Path(source), Path(out)
-    material = open_frames(source, silent_ok) if source.is_dir() else open_video(source, silent_ok)
+    material = open_frames(source, silent_ok) if source.is_dir() else open_video(source, silent_ok, strict)
     if source.resolve() == out.resolve():
         raise ValueError(f"{out}: the results need a folder of their own, not the one of the source")
     binary = cfg.model.classes == 1
@@ -98,9 +108,16 @@ def predict(
     palette = np.array([(0, 0, 0), FOREGROUND], np.uint8) if binary else class_palette(len(names))  # [classes,3]
     model = model.to(device).eval()
 
-    with use_backend(cfg.backend), _staged(out) as folder, _bars(progress) as bar:
+    began, rows = perf_counter(), []
+    record = {"version": __version__, "source": str(source), "width": material.width, "height": material.height,
+              "sound": material.sound is not None, "window": window, "overlap": overlap, "threshold": threshold,
+              "classes": names, "complete": False, "seconds": rows}
+    with use_backend(cfg.backend), _staged(out, record) as folder, _bars(progress) as bar:
         (folder / "masks").mkdir()
-        sheet, rows = ContactSheet(palette), []
+        sound = folder / "sound.mp4" if material.sound else None
+        if sound:
+            write_sound(sound, material.sound, material.start, strict)
+        sheet = ContactSheet(palette, names)
         seconds = _seconds(material, cfg.data.size)
         scores = _scores(model, cfg, material, seconds, overlap, batch, device)
         for second, score in bar(scores, "segment", material.duration):
@@ -113,15 +130,56 @@ def predict(
         frames = _painted(material, folder, len(rows), palette)
         total = material.duration and material.duration * float(material.frame_rate)
         write_video(folder / "overlay.mp4", bar(frames, "overlay", total), material.frame_rate, material.time_base,
-                    material.sound, material.start, material.aspect)
+                    sound, aspect=material.aspect)
         sheet.save(folder / "contact_sheet.png")
-        record = {"version": __version__, "source": str(source), "width": material.width, "height": material.height,
-                  "sound": material.sound is not None, "window": window, "overlap": overlap, "threshold": threshold,
-                  "classes": names, "seconds": rows}
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record["complete"] = True
+        _write_record(folder, record)
     if progress:
-        print(f"{out}: {', '.join(OUTPUTS)} ({len(rows)} s)")
+        print(f"{source}: {in_words(record)}; {len(rows) / (perf_counter() - began):.1f} s of video a second\n"
+              f"  {out}: {', '.join(OUTPUTS)}")
     return record
+
+
+def find_sources(given: Sequence[str]) -> list[Path]:
+    """Videos and folders of pictures that arguments of the command line name: files and folders as they are, a folder
+    of videos as these, a pattern as what it matches. Raises ValueError for one that names nothing."""
+    found: list[Path] = []
+    for name in given:
+        path = Path(name)
+        videos = [] if not path.is_dir() or (path / "frames").is_dir() or list_files(path, PICTURES) else list_files(
+            path, VIDEOS)
+        matches = [] if path.exists() else sorted(Path(match) for match in glob(name, recursive=True))
+        found += videos or matches or [path]
+        if not path.exists() and not matches:
+            raise ValueError(f"{name}: no such file or folder" + (", and nothing matches" if has_magic(name) else ""))
+    return list(dict.fromkeys(found))
+
+
+def output_folders(sources: Sequence[Path], out: Path | None) -> list[Path]:
+    """A folder for each source in `out`, or `predictions`: its name without ending where that tells them apart."""
+    stems = Counter(source.stem for source in sources)
+    names = [source.stem if stems[source.stem] == 1 else source.name for source in sources]
+    if len({*names}) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ValueError(f"predict: several sources are named {twice!r}; predict them one by one, each with --output")
+    return [(out or Path("predictions")) / name for name in names]
+
+
+def in_words(record: dict) -> str:
+    """What a prediction found: `sound seen in 7 of 12 s, 14 % of the picture`, and which classes for how long."""
+    rows = record["seconds"]
+    seen = [row for row in rows if row["area"]]
+    words = f"sound seen in {len(seen)} of {len(rows)} s"
+    if seen:
+        words += f", {100 * sum(row['area'] for row in seen) / len(seen):.0f} % of the picture"
+    counts = Counter(item["name"] for row in rows for item in row["classes"])
+    if len(record["classes"]) > 2:
+        words += "".join(f"; {name} {count} s" for name, count in counts.most_common())
+    return words
+
+
+def _write_record(folder: Path, record: dict) -> None:
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _seconds(material: Video | FrameFolder, size: int) -> Iterator[Second]:
@@ -281,22 +339,32 @@ def _painted(material: Video | FrameFolder, folder: Path, seconds: int, palette:
 
 
 class ContactSheet:
-    """Picture | overlay pairs with their times, at most `LIMIT` of them, evenly spread however many are added."""
+    """Picture | overlay pairs with their times and what was found, at most `LIMIT` of them, evenly spread however many
+    are added, under a legend of the colours.
 
-    TILE, LIMIT, COLUMNS, CAPTION = (240, 180), 24, 3, 16  # pixels; pairs; pairs in a row; pixels
+    Args:
+        palette: [classes,3] uint8.
+        names: of the classes.
+    """
 
-    def __init__(self, palette: np.ndarray) -> None:
-        self.palette, self.every, self.pairs = palette, 1, []
+    TILE, LIMIT, COLUMNS = (240, 180), 24, 3  # pixels; pairs; pairs in a row
+    GAP, SPACE, LINE = 6, 18, 18  # pixels between picture and overlay, around a pair, of a line of text
+    WIDTH = 420  # pixels that the head needs
+
+    def __init__(self, palette: np.ndarray, names: Sequence[str]) -> None:
+        self.palette, self.names, self.every, self.pairs, self.seen = palette, names, 1, [], {}
 
     def add(self, second: Second, mask: np.ndarray, found: list[dict]) -> None:
+        self.seen.update({item["index"]: None for item in found})
         if second.index % self.every:
             return
         small = np.asarray(Image.fromarray(mask).resize(second.thumbnail.size, Image.Resampling.NEAREST))
         picture = np.asarray(second.thumbnail)
-        text = f"{second.time:.2f} s"
-        if len(self.palette) > 2:
-            text = ", ".join([text, *(item["name"] for item in found)])
-        self.pairs.append((text, np.hstack((picture, Paint(small, self.palette)(picture)))))
+        caption = f"{second.time:.2f} s: " + (", ".join(
+            f"{item['name'] if len(self.palette) > 2 else ''} {100 * item['area']:.0f} %".strip() for item in found)
+            or "nothing sounds")
+        gap = np.full((picture.shape[0], self.GAP, 3), 255, np.uint8)
+        self.pairs.append((caption, np.hstack((picture, gap, Paint(small, self.palette)(picture)))))
         if len(self.pairs) > self.LIMIT:
             self.pairs, self.every = self.pairs[::2], self.every * 2
 
@@ -304,21 +372,28 @@ class ContactSheet:
         height, width = self.pairs[0][1].shape[:2]
         columns = min(self.COLUMNS, len(self.pairs))
         rows = -(-len(self.pairs) // columns)
-        step_x, step_y = width + 8, height + self.CAPTION + 8
-        sheet = Image.new("RGB", (columns * step_x + 8, rows * step_y + 8), "white")
-        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+        step_x, step_y, top = width + self.SPACE, height + self.LINE + self.SPACE, self.SPACE + 2 * self.LINE
+        sheet = Image.new("RGB", (max(columns * step_x + self.SPACE, self.WIDTH), rows * step_y + top), "white")
+        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+        draw.text((self.SPACE, self.SPACE // 2), "picture and what sounds in it, second by second", "black", font)
+        x, y = self.SPACE, self.SPACE // 2 + self.LINE
+        for index in sorted(self.seen):
+            draw.rectangle((x, y + 2, x + 12, y + 14), fill=tuple(self.palette[index].tolist()))
+            draw.text((x + 18, y), self.names[index], "black", font)
+            x += 36 + draw.textlength(self.names[index], font)
         for place, (text, pair) in enumerate(self.pairs):
-            x, y = 8 + place % columns * step_x, 8 + place // columns * step_y
-            while draw.textlength(text, font) > width:
+            x, y = self.SPACE + place % columns * step_x, top + place // columns * step_y
+            while draw.textlength(text, font) > width + self.SPACE // 2:
                 text = text[:-2].rstrip("…") + "…"
             draw.text((x, y), text, "black", font)
-            sheet.paste(Image.fromarray(pair), (x, y + self.CAPTION))
+            sheet.paste(Image.fromarray(pair), (x, y + self.LINE))
         sheet.save(path)
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A temporary folder in `out`, whose `OUTPUTS` move to `out` when the block ends well and vanish otherwise."""
+def _staged(out: Path, record: dict) -> Iterator[Path]:
+    """A temporary folder in `out`, whose `OUTPUTS` move to `out` when the block ends well. Otherwise they vanish, but
+    for the masks of the seconds that are in `record`, which move to `UNFINISHED` with it."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: expected a folder, got a file")
     taken = [name for name in OUTPUTS if (out / name).exists()]
@@ -328,16 +403,31 @@ def _staged(out: Path) -> Iterator[Path]:
     out.mkdir(parents=True, exist_ok=True)
     try:
         with TemporaryDirectory(prefix=".partial-", dir=out) as folder:
-            yield Path(folder)
+            try:
+                yield Path(folder)
+            except BaseException:
+                if record["seconds"]:
+                    _write_record(Path(folder), record)
+                    _replace(Path(folder), out / UNFINISHED, ("masks", RECORD))
+                    warnings.warn(f"{out / UNFINISHED} holds the {len(record['seconds'])} s that had been segmented",
+                                  stacklevel=3)
+                raise
             (out / RECORD).unlink(missing_ok=True)
-            for name in OUTPUTS:
-                if (out / name).is_dir():
-                    shutil.rmtree(out / name)
-                os.replace(Path(folder) / name, out / name)
+            _replace(Path(folder), out, OUTPUTS)
+            shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     except BaseException:
         if new and not any(out.iterdir()):
             out.rmdir()
         raise
+
+
+def _replace(folder: Path, out: Path, names: Iterable[str]) -> None:
+    """Move files and folders of these names to `out`, in their order, in place of those that are there."""
+    out.mkdir(exist_ok=True)
+    for name in names:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        os.replace(folder / name, out / name)
 
 
 @contextmanager

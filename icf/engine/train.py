@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from icf.config import Config, TrainConfig
 from icf.data import Batch, build_dataset, collate
+from icf.data.check import check
 from icf.engine.checkpoint import (
     CONFIG,
     WEIGHTS,
@@ -172,7 +173,8 @@ def check_data(cfg: Config, *splits: Dataset) -> None:
     """What would end the run after hours, or its report after all of them, is said before the first step.
 
     Raises:
-        ValueError: a split has no clips, or other classes than the model.
+        ValueError: a split has no clips, or other classes than the model; own clips hold what `icf data check` calls an
+            error.
         FileNotFoundError: files of clips are missing; the message counts them and names the first ones.
     """
     classes = cfg.model.classes
@@ -184,6 +186,12 @@ def check_data(cfg: Config, *splits: Dataset) -> None:
             names = f"{len(data.classes)}: {', '.join(data.classes[:5])}, .." if data.classes else "1, a foreground"
             raise ValueError(f"model.classes: expected that of the {data.split} split of {data.root} ({names}), got "
                              f"{classes}")
+    if cfg.data.subset == "folder":
+        errors = [finding for finding in check(cfg.data.root, "folder", progress=False).findings
+                  if finding.level == "error"]
+        if errors:
+            raise ValueError(f"data.root: {errors[0].where}: {errors[0].what}; icf data check {cfg.data.root} "
+                             f"--subset folder lists all {len(errors)} errors")
     try:
         conditions(splits[-1], cfg, cfg.eval.negatives)
     except ValueError as error:

@@ -295,7 +295,39 @@ def test_own_clips_are_checked_as_well(tmp_path):
     report = run(tmp_path, "folder")
     assert report.exit_code == 0 and report.facts["frames"] == 2 and report.facts["labels"] == 1
     save(tmp_path / "a/labels/1.png", np.full((20, 30), 3))
-    assert {(f.check, f.level, f.where) for f in run(tmp_path, "folder").findings} == {
-        ("labels", "error", "a/labels/1.png"), ("labels", "warning", "a/labels/1.png")}
+    assert {(f.check, f.level, f.where, f.what) for f in run(tmp_path, "folder").findings} == {
+        ("labels", "error", "a/labels/1.png", "holds 3, expected 0 and 255; labels of several classes need the file "
+                                              "label2idx.json beside clips.csv")}
+    save(tmp_path / "a/labels/1.png", np.full((20, 30), 255))
+    assert [f.what for f in run(tmp_path, "folder").findings] == ["is 30x20, its frame 60x40"]
+    save(tmp_path / "a/labels/1.png", np.full((40, 60), 3))
     (tmp_path / "label2idx.json").write_text(json.dumps({"background": 0, "dog": 1}))
-    assert any("expected indices below 2" in f.what for f in run(tmp_path, "folder").findings)
+    assert any("expected class indices below 2" in f.what for f in run(tmp_path, "folder").findings)
+
+
+def test_what_nothing_reads_of_own_clips_is_named(tmp_path):
+    for folder in ("a/frames", "a/masks", "b/frames"):
+        (tmp_path / folder).mkdir(parents=True)
+    for picture in range(4):  # two a second: the second one of each is on show
+        save(tmp_path / f"a/frames/{picture}.png", np.full((40, 60, 3), 50 * picture))
+        save(tmp_path / f"a/masks/{picture}.png", np.full((40, 60), 255))
+    for path in ("a/frames/notes.txt", "a/sound.mp3", "b/frames/0.png", "a/frames/.DS_Store"):
+        (tmp_path / path).touch()
+    soundfile.write(tmp_path / "a/audio.wav", 0.1 * np.sin(np.arange(5 * 16000)), 16000)
+    (tmp_path / "clips.csv").write_text("name,split,fps\na,train,2\n")
+    found = {(f.check, f.level, f.where): f.what for f in run(tmp_path, "folder").findings}
+    assert found.keys() == {
+        ("files", "warning", "b"), ("files", "warning", "a/sound.mp3"), ("files", "warning", "a/frames/notes.txt"),
+        ("files", "note", "a/frames/.DS_Store"), ("labels", "warning", "a/masks/0.png"),
+        ("audio", "warning", "a/audio.wav")}
+    assert "2 labels of pictures that are not on show" in found["labels", "warning", "a/masks/0.png"]
+    assert found["audio", "warning", "a/audio.wav"] == "lasts 5.0 s, its pictures 2 s"
+
+
+def test_a_split_of_own_clips_without_any_label_is_an_error(tmp_path):
+    (tmp_path / "a/frames").mkdir(parents=True)
+    save(tmp_path / "a/frames/0.png", np.full((40, 60, 3), 50))
+    soundfile.write(tmp_path / "a/audio.wav", 0.1 * np.sin(np.arange(16000)), 16000)
+    (tmp_path / "clips.csv").write_text("name,split\na,train\n")
+    report = run(tmp_path, "folder")
+    assert report.exit_code == 2 and [f.what for f in report.findings] == ["no picture of this split has a label"]

@@ -199,3 +199,72 @@ def test_pictures_may_lie_in_frames_beside_the_sound(tmp_path):
     folder = open_frames(tmp_path / "a")
     assert (folder.width, folder.height, folder.duration, folder.sound.name) == (SIZE, SIZE, 12, "audio.wav")
     assert [(int(time), int(image[0, 0, 0])) for time, image in folder.frames()] == [(i, 10 * i) for i in range(12)]
+
+
+def save_label(root, ending, values, mode=None, **options):
+    """A clip of one picture with one label, whose folder is `labels`."""
+    write_clip(root, "a", 1)
+    clips_csv(root, "a, train")
+    image = Image.fromarray(values)
+    image = image if mode is None else image.convert(mode)
+    image.save(root / f"a/labels/shot0.{ending}", **options)
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp", "tif", "tiff", "gif", "webp"])
+@pytest.mark.parametrize("folder", ["labels", "masks"])
+def test_labels_in_every_format_that_keeps_them(tmp_path, ending, folder):
+    save_label(tmp_path, ending, half(255), **({"lossless": True} if ending == "webp" else {}))
+    (tmp_path / "a/labels").rename(tmp_path / "a" / folder)
+    clip = dataset(tmp_path)[0]
+    assert torch.equal(clip.masks[0], torch.from_numpy(half(1))) and clip.label_mask.tolist() == [True] + [False] * 4
+
+
+def paletted(colours):
+    """A label whose right half has index 0, its left half 1."""
+    image = Image.fromarray(half(1)).convert("P")
+    image.putpalette(colours)
+    return image
+
+
+@pytest.mark.parametrize("image", [
+    pytest.param(Image.fromarray(half(1)), id="0 and 1"),
+    pytest.param(Image.fromarray(half(255)).convert("1"), id="one bit"),
+    pytest.param(Image.fromarray(half(255).astype(np.uint16) * 257), id="16 bits"),
+    pytest.param(Image.fromarray(half(255)).convert("RGB"), id="RGB"),
+    pytest.param(Image.merge("RGB", [Image.fromarray(half(v)) for v in (200, 30, 0)]), id="one colour"),
+    pytest.param(Image.merge("LA", [Image.new("L", (SIZE, SIZE), 90), Image.fromarray(half(255))]), id="alpha"),
+    pytest.param(paletted([0, 0, 0, 128, 0, 0]), id="palette of VOC"),
+    pytest.param(paletted([255, 255, 255, 0, 0, 0]).transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+                 id="palette that begins with the object"),
+])
+def test_a_binary_label_means_what_it_shows(tmp_path, image):
+    write_clip(tmp_path, "a", 1)
+    clips_csv(tmp_path, "a, train")
+    image.save(tmp_path / "a/labels/shot0.png")
+    assert torch.equal(dataset(tmp_path)[0].masks[0], torch.from_numpy(half(1)))
+
+
+def thirds(*values):
+    return np.repeat(np.array(values, np.uint8), 12)[None].repeat(SIZE, 0)[:, :SIZE]
+
+
+@pytest.mark.parametrize("values, found", [
+    (half(2), "0, 2"), (thirds(0, 1, 2), "0, 1, 2"), (thirds(0, 128, 255), "0, 128, 255"), (half(254), "0, 254"),
+    (np.full((SIZE, SIZE), 7, np.uint8), "7"), (np.stack([thirds(0, 200, 90)] * 3, 2), r"\(0, 0, 0\), \(90, 90, 90\)")])
+def test_a_label_whose_values_are_not_certain_is_refused(tmp_path, values, found):
+    save_label(tmp_path, "png", values)
+    with pytest.raises(ValueError, match=f"shot0.png: holds {found}.*, expected 0 and 255; .* label2idx.json"):
+        dataset(tmp_path)[0]
+
+
+def test_labels_that_lose_values_and_other_files_among_them_are_refused(tmp_path):
+    save_label(tmp_path, "png", half(255))
+    for name, reason in (("shot0.jpg", "no label; expected one of"), ("shot0.npy", "no label"),
+                         ("shot0.bmp", "shot0.bmp is a label of the same picture")):
+        Image.fromarray(half(255)).save(tmp_path / "a/labels" / name, format="JPEG" if name.endswith("jpg") else "BMP")
+        with pytest.raises(ValueError, match=reason):
+            dataset(tmp_path)
+        (tmp_path / "a/labels" / name).unlink()
+    (tmp_path / "a/masks").mkdir()
+    with pytest.raises(ValueError, match="expected one folder of labels, got labels and masks"):
+        dataset(tmp_path)

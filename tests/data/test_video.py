@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from icf.data.video import open_video, read_sound, write_video
+from icf.data.folder import import_clip
+from icf.data.video import open_video, read_sound, write_sound, write_video
 
 RATE = 16000
 
@@ -230,10 +231,12 @@ def broken_video(path, what):
         soundfile.write(path, bursts(1, RATE), RATE, format="WAV")
 
 
+@pytest.mark.filterwarnings("ignore:.*a.mp4. pictures damaged")
 @pytest.mark.parametrize("what, reason", [
     ("missing", "no such file"), ("text", "cannot be read"), ("empty", "cannot be read"), ("cut", "cannot be read"),
-    ("cut with index", "is cut off: its pictures end at .* s of 6.0 s|cannot be read"), ("damaged", "cannot be read"),
-    ("no sound", "no sound track; allow silence"), ("sound only", "no video stream")])
+    ("cut with index", "is cut off: its pictures end at .* s of 6.0 s|cannot be read"),
+    ("damaged", "is cut off: its pictures end at 3.5 s of 6.0 s"), ("no sound", "no sound track; allow silence"),
+    ("sound only", "no video stream")])
 def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, what, reason):
     path = tmp_path / "a.mp4"
     broken_video(path, what)
@@ -247,3 +250,124 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, what, reason):
 def test_a_video_without_sound_passes_when_allowed(tmp_path):
     broken_video(tmp_path / "a.mp4", "no sound")
     assert open_video(tmp_path / "a.mp4", silent_ok=True).sound is None
+
+
+def joined(path, *parts):
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
+def shifted(path, source, shifts):
+    """`source` again, packet by packet; `shifts(kind, seconds)`: what is added to a stamp, None for no stamp at all."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        tracks = {track.index: new.add_stream_from_template(track) for track in old.streams}
+        for packet in old.demux():
+            if packet.dts is None:
+                continue
+            by = shifts(packet.stream.type, float(packet.pts * packet.time_base))
+            packet.stream = tracks[packet.stream_index]
+            if by is None:
+                packet.pts = packet.dts = None
+            else:
+                packet.pts += round(by / packet.time_base)
+                packet.dts += round(by / packet.time_base)
+            new.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("lengths", [(4, 4), (3, 1, 2), (1,) * 5])
+def test_recordings_that_were_joined_run_on(tmp_path, lengths):
+    """As much picture as sound, every picture, and every burst in its second."""
+    parts = [make_video(tmp_path / f"{i}.ts", seconds) for i, seconds in enumerate(lengths)]
+    video = open_video(joined(tmp_path / "joined.ts", *parts))
+    total, times = sum(lengths), [float(time) for time, _ in video.frames()]
+    assert len(times) == 10 * total and max(np.diff(times)) < 0.3
+    assert len(list(video.sampled())) == total
+    sound = read_all(video.path, video.start)
+    assert len(sound) == pytest.approx(total * RATE, abs=0.15 * len(lengths) * RATE)
+    assert onsets(sound) == pytest.approx(np.arange(total) + 0.5, abs=0.1 * len(lengths))
+    import_clip(tmp_path / "own", video.path, "train")
+    assert len(list((tmp_path / "own/joined/frames").iterdir())) == total
+    assert soundfile.info(tmp_path / "own/joined/audio.wav").frames == total * RATE
+    write_video(tmp_path / "out.mp4", video.frames(), video.frame_rate, video.time_base, video.sound, video.start)
+    again = open_video(tmp_path / "out.mp4")
+    assert len(list(again.frames())) == len(times)
+    assert onsets(read_all(again.path, again.start)) == pytest.approx(onsets(sound), abs=0.05)
+
+
+@pytest.mark.parametrize("shifts, pictures, seconds, bursts", [
+    pytest.param(lambda kind, t: 3600 if t > 2 else 0, 40, 4, [0.5, 1.5, 2.5, 3.5], id="both jump by an hour"),
+    pytest.param(lambda kind, t: 5 if t > 2 else 0, 40, 9, [0.5, 1.5, 7.5, 8.5], id="a pause of five seconds"),
+    pytest.param(lambda kind, t: 5 if t > 2 and kind == "audio" else 0, 40, 4, [0.5, 1.5, 7.5, 8.5],
+                 id="sound with a gap"),
+])
+def test_a_clock_that_jumps(tmp_path, shifts, pictures, seconds, bursts):
+    video = open_video(shifted(tmp_path / "b.ts", make_video(tmp_path / "a.mp4", 4, bf="0"), shifts))
+    assert len(list(video.frames())) == pictures and len(list(video.sampled())) == seconds
+    assert onsets(read_all(video.path, video.start)) == pytest.approx(bursts, abs=0.15)
+
+
+def test_pictures_with_the_same_stamp_follow_one_another(tmp_path):
+    """All pictures of half a second have its stamp."""
+    source = make_video(tmp_path / "a.mkv", 3, codec="mpeg4")
+    video = open_video(shifted(tmp_path / "b.mkv", source, lambda kind, t: t // 0.5 / 2 - t if kind == "video" else 0))
+    times = [float(time) for time, _ in video.frames()]
+    assert len(times) == 30 and (np.diff(times) > 0).all() and len(list(video.sampled())) == 3
+
+
+@pytest.mark.parametrize("rate", [7000, 8000, 10000, 11025, 16000, 22222, 44100, 48000, 96000])
+@pytest.mark.parametrize("ending, coding", [(".mkv", "pcm_s16le"), (".avi", "pcm_s16le"), (".mov", "pcm_s24le"),
+                                            (".mkv", "libmp3lame"), (".mkv", "flac")])
+def test_every_sound_gets_into_an_overlay(tmp_path, rate, ending, coding):
+    if coding == "libmp3lame" and rate not in av.codec.Codec("libmp3lame", "w").audio_rates:
+        pytest.skip(f"mp3 has no {rate} Hz")
+    path = tmp_path / f"a{ending}"
+    make_video(path, 2, sound=coding, rate=rate, codec="mpeg4", layout="mono")
+    video = open_video(path)
+    write_sound(tmp_path / "sound.mp4", video.sound, video.start)
+    assert onsets(read_all(tmp_path / "sound.mp4")) == pytest.approx(onsets(read_all(path, video.start)), abs=0.02)
+
+
+@pytest.mark.parametrize("channels", [4, 6, 8, 12])
+def test_many_channels_get_into_an_overlay(tmp_path, channels):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.tile(bursts(2, 48000)[:, None], channels), 48000)
+    assert onsets(read_all(path)) == pytest.approx([0.5, 1.5], abs=0.02)
+    write_sound(tmp_path / "sound.mp4", path)
+    with av.open(str(tmp_path / "sound.mp4")) as file:
+        assert file.streams.audio[0].channels == 2
+    assert onsets(read_all(tmp_path / "sound.mp4")) == pytest.approx([0.5, 1.5], abs=0.02)
+
+
+def damage(path, kind, numbers):
+    """Overwrite the packets of these numbers of a track, in place."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        for number, packet in enumerate(container.demux(container.streams.get(**{kind: 0})[0])):
+            if number in numbers:
+                data[packet.pos:packet.pos + packet.size] = b"\x55" * packet.size
+    path.write_bytes(bytes(data))
+    return path
+
+
+def test_damaged_pictures_are_left_out_and_named(tmp_path):
+    path = damage(make_video(tmp_path / "a.mp4", 3), "video", {17})
+    with pytest.warns(UserWarning, match=r"a.mp4: pictures damaged, and left out, at 1.\d s"):
+        times = [float(time) for time, _ in open_video(path).frames()]
+    assert len(times) == 29 and max(np.diff(times)) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match=r"a.mp4: damaged pictures at 1.\d s"):
+        list(open_video(path, strict=True).frames())
+
+
+def test_damaged_sound_is_silent_and_named(tmp_path):
+    whole = read_all(make_video(tmp_path / "a.mp4", 3))
+    path = damage(tmp_path / "a.mp4", "audio", set(range(64, 72)))
+    with pytest.warns(UserWarning, match=r"a.mp4: sound damaged, and left out, at 1\.\d-1\.\d s"):
+        sound = read_all(path)
+    assert len(sound) == pytest.approx(len(whole), abs=200)
+    assert onsets(sound)[[0, -1]] == pytest.approx([0.5, 2.5], abs=0.01)
+    with pytest.raises(ValueError, match="a.mp4: damaged sound at 1"):
+        list(read_sound(path, strict=True))
+    with pytest.warns(UserWarning, match="sound damaged"):
+        write_sound(tmp_path / "sound.mp4", path)
+    assert len(read_all(tmp_path / "sound.mp4")) == pytest.approx(len(whole), abs=2000)

@@ -16,7 +16,7 @@ from icf.config import Config
 from icf.data.audio import SILENCE
 from icf.data.avsbench import class_palette
 from icf.data.video import open_video, read_sound, write_video
-from icf.engine.predict import predict
+from icf.engine.predict import FOREGROUND, find_sources, in_words, output_folders, predict
 
 RATE = 16000
 
@@ -205,12 +205,13 @@ def test_a_folder_of_odd_sized_pictures_with_a_wav(tmp_path):
 def test_the_contact_sheet_pairs_pictures_and_overlays_and_stays_small(tmp_path):
     predict(Bright(), config(), make_video(tmp_path / "a.mp4", 2), tmp_path / "two", progress=False)
     sheet = np.asarray(Image.open(tmp_path / "two" / "contact_sheet.png").convert("RGB")).astype(int)
-    pair = sheet[24:24 + 64, 8:8 + 128]  # after a margin of 8 and a caption of 16
-    assert np.abs(pair[:, :64] - picture(0)).max() < 25
-    assert (pair[4:12, 68:76, 0] > pair[4:12, 4:12, 0] + 50).all() and (sheet[8:24, 8:60] < 100).any()
+    pair = sheet[72:72 + 64, 18:18 + 134]  # below the head of 54 and a caption of 18, beside a margin of 18
+    assert np.abs(pair[:, :64] - picture(0)).max() < 25 and (pair[:, 64:70] == 255).all()
+    assert (pair[4:12, 74:82, 0] > pair[4:12, 4:12, 0] + 50).all() and (sheet[54:72, 18:80] < 100).any()
+    assert (sheet[29:41, 18:30] == FOREGROUND).all(2).mean() > 0.9, "the legend shows the colour"
     predict(Bright(), config(), make_video(tmp_path / "b.mp4", 61), tmp_path / "many", progress=False)
     with Image.open(tmp_path / "many" / "contact_sheet.png") as many:
-        assert many.size == (3 * 136 + 8, 6 * 88 + 8)  # every fourth of 61 seconds: 16
+        assert many.size == (3 * (134 + 18) + 18, 6 * (64 + 36) + 54)  # every fourth of 61 seconds: 16
 
 
 def test_a_source_without_sound_is_silent_when_allowed(tmp_path):
@@ -233,23 +234,79 @@ def test_an_earlier_prediction_is_replaced_as_a_whole(tmp_path):
     assert (out / "notes.txt").read_text() == "mine" and len(list(out.iterdir())) == 5
 
 
+class Failing(Bright):
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def forward(self, batch):
+        if len(self.seen) == self.after:
+            raise KeyboardInterrupt
+        return super().forward(batch)
+
+
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_failure_leaves_nothing_behind_and_nothing_changed(tmp_path, existing):
-
-    class Failing(Bright):
-        def forward(self, batch):
-            if self.seen:
-                raise KeyboardInterrupt
-            return super().forward(batch)
 
     out, source = tmp_path / "out", make_video(tmp_path / "a.mp4", 7)
     if existing:
         predict(Bright(), config(), source, out, progress=False)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(KeyboardInterrupt):
-        predict(Failing(), config(), source, out, progress=False)
+        predict(Failing(0), config(), source, out, progress=False)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert out.exists() == existing
+
+
+@pytest.mark.filterwarnings("ignore:.*unfinished holds the 5 s")
+def test_what_had_been_segmented_survives_a_failure_beside_an_earlier_prediction(tmp_path):
+    out, source = tmp_path / "out", make_video(tmp_path / "a.mp4", 7)
+    predict(Bright(), config(), source, out, progress=False)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(KeyboardInterrupt):
+        predict(Failing(1), config(), source, out, progress=False)
+    kept = out / "unfinished"
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and kept not in path.parents} == before
+    record = json.loads((kept / "predictions.json").read_text())
+    assert not record["complete"] and len(record["seconds"]) == len(list((kept / "masks").iterdir())) == 5
+    assert (read_mask(kept, 3) == read_mask(out, 3)).all()
+    assert predict(Bright(), config(), source, out, progress=False)["complete"] and not kept.exists()
+
+
+def test_sound_that_no_overlay_can_have_is_found_before_the_first_second(tmp_path, monkeypatch):
+    def fail(*args):
+        raise ValueError("a.mp4: sound")
+
+    monkeypatch.setattr("icf.engine.predict.write_sound", fail)
+    model = Bright()
+    with pytest.raises(ValueError, match="a.mp4: sound"):
+        predict(model, config(), make_video(tmp_path / "a.mp4", 7), tmp_path / "out", progress=False)
+    assert not model.seen
+
+
+def test_what_was_found_is_said_in_words():
+    rows = [{"area": 0.2, "classes": [{"name": "dog"}]}, {"area": 0.0, "classes": []},
+            {"area": 0.1, "classes": [{"name": "dog"}, {"name": "cat"}]}]
+    assert in_words({"seconds": rows, "classes": ["background", "sounding"]}) == (
+        "sound seen in 2 of 3 s, 15 % of the picture")
+    assert in_words({"seconds": rows, "classes": ["background", "dog", "cat"]}).endswith("; dog 2 s; cat 1 s")
+    assert in_words({"seconds": rows[1:2], "classes": ["background", "sounding"]}) == "sound seen in 0 of 1 s"
+
+
+def test_sources_are_files_folders_of_pictures_folders_of_videos_and_patterns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.mp4", "b.mkv", "[x].mp4", "videos/10.mp4", "videos/9.mov", "videos/notes.txt", "shots/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(path) for path in find_sources(["[x].mp4", "videos", "shots", "*.mp4", "b.mkv", "a.mp4"])]
+    assert found == ["[x].mp4", "videos/9.mov", "videos/10.mp4", "shots", "a.mp4", "b.mkv"]
+    for name in ("c.mp4", "none/*.mp4"):
+        with pytest.raises(ValueError, match="no such file"):
+            find_sources([name])
+    folders = output_folders([tmp_path / "a.mp4", tmp_path / "a.mkv", tmp_path / "b.mp4"], tmp_path)
+    assert [path.name for path in folders] == ["a.mp4", "a.mkv", "b"]
+    with pytest.raises(ValueError, match="several sources are named 'a.mp4'"):
+        output_folders([tmp_path / "x/a.mp4", tmp_path / "y/a.mp4"], None)
 
 
 def test_an_interrupted_replacement_has_no_record(tmp_path, monkeypatch):

@@ -3,7 +3,10 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
 from icf.cli import main
 from icf.engine.checkpoint import read_config, states, step_of
@@ -28,7 +31,8 @@ def data(tmp_path_factory):
 def configure(small, data, tmp_path):
     def configure(root=data, **changes):
         train_settings = {"batch": 2, "epochs": 1, "log_every": 1, **changes.pop("train", {})}
-        return small(data={"root": str(root), "subset": "ms3", "size": 32, "workers": 0, **changes.pop("data", {})},
+        data = {"root": str(root), "subset": "ms3", "size": 32, "workers": 0, **changes.pop("data", {})}
+        return small(data=data,
                      train=train_settings, eval={"negatives": ["silence"]}, out=str(tmp_path / "run"),
                      objective={"enabled": False}, **changes)
     return configure
@@ -140,3 +144,23 @@ def test_a_device_that_is_not_here_is_refused_in_a_line(run, command, capsys):
         main([*(str(run.out) if word == "RUN" else word for word in command), "--device", "gpu"])
     said = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and "\n" not in said and "device: expected one of cpu" in said and "'gpu'" in said
+
+
+def test_own_clips_that_the_check_calls_wrong_are_not_trained_on(configure, tmp_path):
+    """A label of 0 and 2 in a binary set, in the last clip of the last split."""
+    rows = ["name,split"]
+    for number, split in enumerate(("train", "train", "val", "test", "test")):
+        for folder in ("frames", "labels"):
+            (tmp_path / f"own/{number}" / folder).mkdir(parents=True)
+        values = np.zeros((32, 32), np.uint8)
+        values[8:20] = 2 if number == 4 else 255
+        Image.fromarray(values).convert("RGB").save(tmp_path / f"own/{number}/frames/0.png")
+        Image.fromarray(values).save(tmp_path / f"own/{number}/labels/0.png")
+        soundfile.write(tmp_path / f"own/{number}/audio.wav", 0.1 * np.sin(np.arange(16000)), 16000)
+        rows.append(f"{number},{split}")
+    (tmp_path / "own/clips.csv").write_text("\n".join(rows) + "\n")
+    cfg = configure(root=tmp_path / "own", data={"subset": "folder"})
+    with pytest.raises(ValueError, match=r"data.root: 4/labels/0.png: holds 0, 2, expected 0 and 255.*; icf data check "
+                                         r".*own --subset folder lists all 1 errors"):
+        train(cfg)
+    assert not cfg.out.exists()

@@ -18,7 +18,7 @@ from icf.data.avsbench import (
 )
 from icf.data.check.clip import examine
 from icf.data.check.findings import CHECKS, LEVELS, Clip, Finding
-from icf.data.check.layout import check_metadata, check_surplus
+from icf.data.check.layout import check_metadata, check_own_surplus, check_surplus
 from icf.data.check.report import Report
 
 CLASSES = 71  # of AVSS, with background
@@ -47,8 +47,8 @@ def check(root: Path | str, subset: str, deep: bool = False, progress: bool = Tr
         report.findings.append(Finding("metadata", "error", str(root), str(error)))
         return report
     report.findings += check_metadata(folder, subset, records)
-    if subset != "folder":
-        report.findings += check_surplus(folder, subset, records)
+    report.findings += check_own_surplus(folder, records, bool(classes)) if subset == "folder" else check_surplus(
+        folder, subset, records)
     with ThreadPoolExecutor() as pool:
         clips = pool.map(lambda record: examine(record, folder, subset, classes, deep, manifest), records)
         clips = list(_bar(clips, len(records), f"checking {subset}", progress))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from icf.data.avsbench import COLUMNS, METADATA, SPLITS, Record, find_manifest, read_metadata
 from icf.data.check.findings import Finding
+from icf.data.folder import LABEL_FOLDERS, PICTURES, unused_labels
+from icf.data.folder import METADATA as OWN
 
 COUNTS = {
     "s4": {"s4": (3452, 740, 740)},
@@ -20,7 +22,7 @@ DERIVED = ("processed_frames", "processed_labels", "processed_labels_semantic", 
 
 
 def check_metadata(folder: Path, subset: str, records: list[Record]) -> Iterator[Finding]:
-    where = METADATA.get(subset, "clips.csv")
+    where = METADATA.get(subset, OWN)
     if subset != "folder":
         missing = [column for column in COLUMNS[subset] if column not in read_metadata(folder, subset)[0]]
         if missing:
@@ -66,6 +68,32 @@ def check_surplus(folder: Path, subset: str, records: list[Record]) -> Iterator[
             for name in sorted(files):
                 if here / name not in expected:
                     yield _stranger(here / name, folder)
+
+
+def check_own_surplus(root: Path, records: list[Record], semantic: bool) -> Iterator[Finding]:
+    """Files and folders below the root of own clips that nothing reads, and labels that are not of the picture of their
+    second; and splits without any label."""
+    clips = {record.name: record for record in records}
+    known = {OWN, *(["label2idx.json"] if semantic else []), *clips}
+    for path in sorted(root.iterdir()):
+        if path.name not in known:
+            yield Finding("files", "warning", path.name, f"folder of no clip in {OWN}") if path.is_dir() else _stranger(
+                path, root)
+    for record in records:
+        folder = record.sound.parent
+        for path in sorted(folder.iterdir()):
+            if path != record.sound and path.name not in ("frames", *LABEL_FOLDERS):
+                yield _stranger(path, root)
+        for path in sorted((folder / "frames").iterdir()):
+            if path.suffix.lower() not in PICTURES:
+                yield _stranger(path, root)
+        if unused := unused_labels(record):
+            yield Finding("labels", "warning", str(unused[0].relative_to(root)),
+                          f"{len(unused)} labels of pictures that are not on show 15/16 s into their second, not used; "
+                          "the first one")
+    for split in sorted({record.split for record in records}):
+        if not any(path for record in records if record.split == split for path in record.masks):
+            yield Finding("labels", "error", split, "no picture of this split has a label")
 
 
 def _stranger(path: Path, folder: Path) -> Finding:

@@ -9,6 +9,7 @@ from icf.data.audio import fit_examples, load_log_mel, load_wav, log_mel_example
 from icf.data.avsbench import Record
 from icf.data.check.findings import Clip, reason, relative
 
+LONGER = 1.0  # s of sound beyond the pictures, or of pictures beyond the sound of own clips, from which they do not fit
 SHORTEST = {5: 4.815, 10: 9.615}  # s of sound that give an example for each of so many frames
 SILENCE = 10 ** (-60 / 20)  # root mean square
 FAR = 0.3  # mean distance of a log-mel file from our front end; rounding to 16 bits stays far below
@@ -26,6 +27,9 @@ def check_sound(record: Record, folder: Path, deep: bool, clip: Clip) -> None:
     if shortest and info.duration < shortest:
         clip.add("audio", clip.quirk, where, f"lasts {info.duration:.3f} s, less than the "
                  f"{shortest} s that {len(record.frames)} examples need")
+    pictures = len(record.frames)
+    if info.duration > pictures + LONGER or record.source == "folder" and info.duration < pictures - LONGER:
+        clip.add("audio", "warning", where, f"lasts {info.duration:.1f} s, its pictures {pictures} s")
     if not deep:
         return
     try:
