@@ -142,7 +142,7 @@ def predict(
 
 def find_sources(given: Sequence[str]) -> list[Path]:
     """Videos and folders of pictures that arguments of the command line name: files and folders as they are, a folder
-    of videos as these, a pattern as what it matches. Raises ValueError for one that names nothing."""
+    of videos as these, a pattern as what it matches. Raises ValueError for a pattern that matches nothing."""
     found: list[Path] = []
     for name in given:
         path = Path(name)
@@ -150,8 +150,8 @@ def find_sources(given: Sequence[str]) -> list[Path]:
             path, VIDEOS)
         matches = [] if path.exists() else sorted(Path(match) for match in glob(name, recursive=True))
         found += videos or matches or [path]
-        if not path.exists() and not matches:
-            raise ValueError(f"{name}: no such file or folder" + (", and nothing matches" if has_magic(name) else ""))
+        if has_magic(name) and not path.exists() and not matches:
+            raise ValueError(f"{name}: no such file, and nothing matches")
     return list(dict.fromkeys(found))
 
 
