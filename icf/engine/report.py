@@ -8,7 +8,7 @@ from pathlib import Path
 from icf.engine.curves import curves
 from icf.engine.pages import render
 from icf.engine.pictures import Sample, contact_sheet, legend, strips
-from icf.engine.score_tables import format_value, group_table, mode_words, negative_table, score_sections
+from icf.engine.score_tables import format_value, group_table, mode_words, modes_named, negative_table, score_sections
 from icf.files import write_atomic
 
 
@@ -39,7 +39,8 @@ def page(results: dict, samples: Sequence[Sample], classes: Sequence[str] = (), 
     """The text of `report.html`."""
     settings = {**results["counts"], **results["settings"]}
     return render(
-        "report.html", results=results, cards=_cards(results), scores=score_sections(results),
+        "report.html", results=results, modes=modes_named(results["default_modes"]), cards=_cards(results),
+        scores=score_sections(results),
         groups=group_table(results), negatives=negative_table(results), plot=plot, classes=classes,
         class_keys=[key for key in results["classes"][0] if key != "class"] if results["classes"] else [],
         class_rows=_class_rows(results["classes"]), legend=legend(samples, classes),

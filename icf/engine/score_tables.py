@@ -58,6 +58,11 @@ def mode_words(mode: str) -> str:
     return ", ".join(WORDS.get(word, word) for word in mode.split("/"))
 
 
+def modes_named(modes: dict[str, str]) -> str:
+    """The modes that J and F without a mode beside them are in: `J background/frame, F per_video/zero`."""
+    return ", ".join(f"{key} {mode.removeprefix(key + '/')}" for key, mode in modes.items())
+
+
 def score_tables(results: dict) -> Group:
     """The scores for a terminal, those that compare with published numbers first."""
     counts = results["counts"]
@@ -73,7 +78,7 @@ def score_tables(results: dict) -> Group:
     tables = [scores]
     for found in (group_table(results), negative_table(results)):
         if found.rows:
-            tables.append(Table(*found.header))
+            tables.append(Table(*found.header, caption=modes_named(results["default_modes"]), caption_justify="left"))
             for row in found.rows:
                 tables[-1].add_row(*map(format_value, row))
     return Group(*tables)

@@ -14,7 +14,7 @@ from icf.engine.metrics import FalsePositives, FScore, Jaccard, MeanChange, Pixe
 from icf.engine.predictors import Prediction
 
 MIN_PIXELS = 16                                 # of the forgiving variant of the AVSS scores
-BINARY_DEFAULT = {"J": "background/frame", "F": "per_video/skip"}
+BINARY_DEFAULT = {"J": "background/frame", "F": "per_video/zero"}
 SEMANTIC_DEFAULT = {"J": "J/all/real/include", "F": "F/all/real/include"}
 
 

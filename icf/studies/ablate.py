@@ -23,6 +23,8 @@ from icf.config import Config, DataConfig, denoises
 from icf.engine.checkpoint import CONFIG, load_model, read_config, states
 from icf.engine.evaluate import evaluate
 from icf.engine.results import RESULTS, SCORES, read_results
+from icf.engine.score_tables import modes_named
+from icf.engine.tally import BINARY_DEFAULT, SEMANTIC_DEFAULT
 from icf.engine.train import train
 from icf.files import write_atomic
 from icf.studies.paper import FIGURE_5, TABLE_2, Scores, Sweep
@@ -357,8 +359,9 @@ def _signed(value: float | None) -> str:
 
 def title(study: Study) -> str:
     name = study.name.replace("-", " ").capitalize()
+    modes = SEMANTIC_DEFAULT if study.data.subset == "avss" else BINARY_DEFAULT
     return (f"{name} of the paper (PVT-v2), and measured on the test split of {_data_name(study.data)}: per cent, mean "
-            "and standard deviation over seeds")
+            f"and standard deviation over seeds; measured are {modes_named(modes)}")
 
 
 def draw(study: Study, rows: list[dict], path: Path) -> None:

@@ -27,8 +27,8 @@ from icf.engine.pages import render
 from icf.engine.pictures import THUMB, Sample, legend, strips
 from icf.engine.predictors import Prediction, model_predictor
 from icf.engine.results import RESULTS, Results, read_results
-from icf.engine.score_tables import Rows
-from icf.engine.tally import Tally
+from icf.engine.score_tables import Rows, modes_named
+from icf.engine.tally import BINARY_DEFAULT, SEMANTIC_DEFAULT, Tally
 from icf.files import write_atomic
 from icf.objective.cdcl import pool
 
@@ -107,7 +107,7 @@ def compare(sources: Sequence[Path], out: Path, *, names: Sequence[str] | None =
     sounds = sounding(dataset, chosen)
     html = render(
         "compare.html", "icf.studies", dataset=dataset, runs=[run.name for run in runs], shown_clips=len(chosen),
-        scores=score_table(runs),
+        scores=score_table(runs), modes=modes_named(SEMANTIC_DEFAULT if dataset.classes else BINARY_DEFAULT),
         features=feature_section([run.name for run in runs], [features for features, _ in seen], sounds,
                                  [dataset.names[index] for index in chosen]),
         **gallery(runs, subset, j, most_different(j)[:rows], device))

@@ -95,6 +95,13 @@ def test_resampling_keeps_what_is_below_and_removes_what_is_above(rate):
         assert resample(sine(9000, rate=rate), rate)[inner].abs().max() < 1e-5
 
 
+def test_resampling_is_that_of_resampy():
+    """What resampy 0.2.2 gives with `kaiser_best`, which it takes by default."""
+    sound = torch.from_numpy(np.random.default_rng(1).uniform(-1, 1, 4000)).float()
+    expected = torch.tensor([-0.52295316, -0.99762431, 0.06082766, -0.20651726, -0.3082556])
+    torch.testing.assert_close(resample(sound, 32000)[1000:1005], expected, atol=1e-6, rtol=0)
+
+
 def test_resampling_at_the_same_rate_changes_nothing_and_odd_rates_are_refused():
     sound = sine(500)
     assert torch.equal(resample(sound, 16000), sound)
