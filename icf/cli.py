@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from difflib import get_close_matches
 from importlib.resources import files
 from itertools import takewhile
@@ -19,6 +20,7 @@ from jsonargparse import ArgumentParser
 
 from icf import __version__
 from icf.config import SUBSETS, ComposeConfig, Config, ToyConfig, build_config, config_parser
+from icf.help import completion, fields_help, short_help
 from icf.machine import pick_device
 
 DEFAULT_PRESET = "toy-ms3"
@@ -38,6 +40,7 @@ USAGE = """usage: icf COMMAND ...
   bench run            measure everything that can run here
   bench report         tables and pictures of saved measurements
   info                 versions, what was built, which operator can run where, and why not
+  completion SHELL     a script that completes commands, presets and options in bash or zsh
 
 `icf COMMAND --help` lists the options. `icf train` alone trains a small model on the toy benchmark."""
 
@@ -91,9 +94,11 @@ def prepare(own: argparse.ArgumentParser, args: list[str],
     files or texts ``below`` and, if given, ``above`` them."""
     fields = config_parser(prog=own.prog, usage=argparse.SUPPRESS, exit_on_error=False)
     if {"-h", "--help"} & {*args}:
-        own.print_help()
-        print("\nfields of the configuration:")
-        fields.print_help()
+        print(short_help(own.prog.split()[1], own.format_help(), fields, presets()))
+        sys.exit()
+    if "--help-fields" in args:
+        section = next(iter(args[args.index("--help-fields") + 1:]), None)
+        print(fields_help(fields, section))
         sys.exit()
     targets = list(takewhile(lambda arg: not arg.startswith("-"), args))
     if len(targets) > 1 and not several:
@@ -118,7 +123,7 @@ def prepare(own: argparse.ArgumentParser, args: list[str],
 
 def train(args: list[str]) -> None:
     own = command("train [PRESET]", "Train a model, evaluate it on the test split and write a report.",
-                  f"PRESET is a YAML file or one of: {', '.join(presets())}. The default is {DEFAULT_PRESET}.")
+                  f"PRESET is one of those below, or a YAML file. The default is {DEFAULT_PRESET}.")
     own.add_argument("--ablation", choices=tuple(ablations()), metavar="NAME",
                      help=f"change the method as in a row of the paper's Table 2: {', '.join(ablations())}")
     own.add_argument("--resume", type=user_path, metavar="RUN", help="go on with the run in this folder")
@@ -147,7 +152,7 @@ def train(args: list[str]) -> None:
 def evaluate(args: list[str]) -> None:
     own = command("evaluate RUN", "Score a run folder or weights file, or the masks of any method.",
                   "RUN may be left out with --masks; the configuration then comes from --config and the fields.")
-    own.add_argument("--split", choices=("train", "val", "test"), default="test")
+    own.add_argument("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
     own.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default a GPU if there is one")
     own.add_argument("--save-masks", action="store_true", help="write the predicted masks as PNG files")
     own.add_argument("--masks", type=user_path, help="score the masks of this folder instead of a model's")
@@ -160,17 +165,17 @@ def evaluate(args: list[str]) -> None:
     options, cfg = parse(own, args, base)
     from icf.engine.evaluate import evaluate as run
     from icf.engine.evaluate import evaluate_masks
+    from icf.engine.summary import scores_in_words, started
     if options.target and options.masks is None:
         refuse_other_weights(cfg, Path(options.target))
     from icf.engine.results import scores_folder
     device = pick_device(options.device)
     if options.target and not any(arg.startswith("--out") for arg in args):  # beside the weights, wherever they are now
         cfg.out = scores_folder(Path(options.target), cfg, options.split, options.masks)
-    if options.masks is not None:
-        evaluate_masks(options.masks, cfg, options.split, cfg.out)
-    else:
-        run(load(options.target, device), cfg, options.split, cfg.out, device=device, save_masks=options.save_masks)
-    print(f"scores and report: {cfg.out}")
+    print(started(f"evaluate {options.target or options.masks} on {cfg.data.subset} {options.split}", cfg.out, device))
+    results = evaluate_masks(options.masks, cfg, options.split, cfg.out) if options.masks else run(
+        load(options.target, device), cfg, options.split, cfg.out, device=device, save_masks=options.save_masks)
+    print(f"{scores_in_words(results)}\nreport: {cfg.out / 'report.html'}")
 
 
 def export(args: list[str]) -> None:
@@ -206,6 +211,7 @@ def predict(args: list[str]) -> None:
     from icf.engine.checkpoint import read_notes
     from icf.engine.predict import find_sources, output_folders
     from icf.engine.predict import predict as run
+    from icf.engine.summary import started
     device = pick_device(options.device)
     refuse_other_weights(cfg, options.weights)
     sources = find_sources(options.targets)
@@ -216,6 +222,8 @@ def predict(args: list[str]) -> None:
     if cfg.data.toy is not None:
         print("icf: these weights have seen the shapes of the toy benchmark alone; of other pictures and sounds expect "
               "nothing", file=sys.stderr)
+    print(started(f"predict {sources[0]}{f' and {len(sources) - 1} more' if several else ''}", outs[0], device,
+                  weights=str(options.weights)))
     failed = []
     for source, out in zip(sources, outs, strict=True):
         try:
@@ -364,8 +372,7 @@ def info(args: list[str]) -> None:
 
 def profile(args: list[str]) -> None:
     own = command("profile [PRESET]", "Trace a training step on random clips: what its parts and operators take, and a "
-                  "Chrome trace.", f"PRESET is a YAML file or one of: {', '.join(presets())}. The default is "
-                  f"{DEFAULT_PRESET}.")
+                  "Chrome trace.", f"PRESET is one of those below, or a YAML file. The default is {DEFAULT_PRESET}.")
     own.add_argument("--trace", type=user_path, metavar="FILE", help="the Chrome trace (default: trace.json in --out)")
     own.add_argument("--steps", type=int, default=1, help="steps that are traced, after one that is not")
     own.add_argument("--device", help="cpu, cuda, ..; by default a GPU if there is one")
@@ -415,10 +422,29 @@ def bench_report(args: list[str]) -> None:
            options.into or [Path("README.md"), Path("benchmarks/README.md")], options.plots)
 
 
+def complete(args: list[str]) -> None:
+    own = argparse.ArgumentParser(prog="icf completion", description="Print a script that completes commands, presets "
+                                  "and options: eval \"$(icf completion bash)\" in ~/.bashrc.")
+    own.add_argument("shell", choices=("bash", "zsh"))
+    shell = own.parse_args(args).shell
+    fields = [option for option in config_parser()._option_string_actions if option.startswith("--")]
+    words = {}
+    for name in COMMANDS:
+        text = io.StringIO()
+        with redirect_stdout(text), suppress(SystemExit):
+            COMMANDS[name](["--help"])
+        found = re.findall(r"--[a-z][a-z-]*(?![\w.])", text.getvalue())
+        found += fields if "--help-fields" in found else []
+        found += [*presets()] if "[PRESET]" in text.getvalue() else []
+        found += {"data": [*DATA], "bench": [*BENCH]}.get(name, [])
+        words[name] = list(dict.fromkeys(found))
+    print(completion(words, shell), end="")
+
+
 BENCH = {"run": bench_run, "report": bench_report}
 
 COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "predict": predict, "compare": compare,
-            "ablate": ablate, "data": data, "profile": profile, "bench": bench, "info": info}
+            "ablate": ablate, "data": data, "profile": profile, "bench": bench, "info": info, "completion": complete}
 
 
 def user_path(text: str) -> Path:

@@ -113,7 +113,7 @@ class DataConfig:
 
 @dataclass
 class VisualConfig:
-    """Visual encoder: any timm model with a four-level feature pyramid at strides 4, 8, 16, 32.
+    """The visual encoder: any timm model with a four-level feature pyramid at strides 4, 8, 16, 32.
 
     Args:
         name: timm's name: `pvt_v2_b5` or `resnet50.tv_in1k` *(paper)*.
@@ -128,7 +128,7 @@ class VisualConfig:
 
 @dataclass
 class AudioConfig:
-    """VGGish.
+    """The sound encoder, VGGish.
 
     Args:
         weights: a local `vggish-10086976.pth`, `download` (torch.hub, needs a network once), or `none`. Its features
@@ -148,8 +148,10 @@ class AudioConfig:
 
 @dataclass
 class ContextConfig:
-    """Spatio-temporal channel attention, Eq. 1-2. The temperature of Eq. 1, which the paper does not give, is sqrt(H W)
-    times a learned factor *(ours)*; the result passes a convolution that starts at zero *(ours)*.
+    """Spatio-temporal channel attention, Eq. 1-2.
+
+    The temperature of Eq. 1, which the paper does not give, is sqrt(H W) times a learned factor *(ours)*; the result
+    passes a convolution that starts at zero *(ours)*.
 
     Args:
         levels: whose output feeds the decoder: `video` attends over all channels of a clip, `frame` within a frame.
@@ -169,8 +171,11 @@ class DecoderConfig:
     Args:
         dim: model width.
         pixel_layers: layers of multi-scale deformable attention.
+        pixel_ffn: width inside their feed-forward networks.
         layers: layers of masked cross-attention; each, and the initial queries, has a supervised head.
-        heads, points: attention heads; sampling points per level.
+        ffn: width inside their feed-forward networks.
+        heads: of attention.
+        points: that deformable attention samples per head and level.
         queries: learnable queries.
         query_mode: `bidirectional` *(paper)* | `audio` (queries get the sound as it is) | `learnable` (no sound).
         audio_keys: sound that the pixels attend to: the clip's seconds and a learned null token, or their `own` second.
@@ -193,13 +198,14 @@ class DecoderConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of Eq. 18, all 1 in the paper, which gives no more than the names of its terms.
+    """The segmentation loss: weights of Eq. 18, all 1 in the paper, which gives no more than the names of its terms.
 
     Args:
         preset: of matched masks (`mask2former`): `paper`, or `combo`, COMBO-AVS' weights (cross entropy of classes 2,
             BCE 5, dice 5). Queries without a mask weigh .1 in the class term, and matching costs are 2 class, 5 BCE,
             5 dice *(COMBO)*.
-        bce, dice: of masks; dice with 1 added above and below *(ours)*.
+        bce: binary cross entropy of masks.
+        dice: of masks, with 1 added above and below *(ours)*.
         focal: of the dense head's pixels, the sigmoid focal loss with alpha .25, gamma 2; of classes, as they are read
             by a softmax, the softmax focal loss (1 - p)^2 (-log p), without alpha *(ours; a sigmoid focal loss trains
             what nothing reads)*.
@@ -244,8 +250,9 @@ class MITConfig:
     Args:
         enabled: off, SC is off too, and CDCL contrasts sight and sound alone.
         levels: granularities of the visual text.
-        frame, video, audio: the towers; segments share that of the video *(paper: CLIP, VideoCLIP, CLAP; VideoCLIP's
-            weights are not to be had, X-CLIP stands in)*.
+        frame: tower of frames *(paper: CLIP)*.
+        video: tower of videos and segments *(paper: VideoCLIP, whose weights are not to be had; X-CLIP stands in)*.
+        audio: tower of sounds *(paper: CLAP)*.
         precision: of the towers' weights.
         dim: width of texts, which the towers must share.
         texts: pseudo-words per level *(paper: 15 in the table of its supplement, 30 in the text)*.
@@ -266,7 +273,8 @@ class MITConfig:
         stride: frames between segments, `null` for their length; the last is completed backwards *(ours)*.
         inject: `cross_attention` lets the decoder's queries read the text *(paper: in ablations without CDCL)*; the
             model then needs the learned texts, though no tower, at test time.
-        inversion_weight, diversity_weight: of Eq. 3 read as an objective, and of the texts' mutual cosines *(ours)*.
+        inversion_weight: of Eq. 3 read as an objective *(ours)*.
+        diversity_weight: of the squares of the texts' mutual cosines *(ours)*.
     """
 
     enabled: bool = True
@@ -293,10 +301,13 @@ class MITConfig:
 
 @dataclass
 class SCConfig:
-    """Semantic counterfactuals, Eq. 6-12. To Eq. 11 is added, with weight 1, what the texts lose by the latent space:
-    1 - cos(decoded, text) *(ours; the paper names no autoencoder, nor what trains it)*.
+    """Semantic counterfactuals, Eq. 6-12.
+
+    To Eq. 11 is added, with weight 1, what the texts lose by the latent space: 1 - cos(decoded, text) *(ours; the paper
+    names no autoencoder, nor what trains it)*.
 
     Args:
+        enabled: make counterfactuals; needs MIT.
         generator: where counterfactual texts come from. `diffusion`: the paper's latent diffusion. Its ablations:
             `feature` adds noise to the text itself and rotates it, and denoises nothing; `vqvae` quantises the rotated
             latent; `pair_swap` exchanges sounds or pictures between clips; `audio_replacement` takes sounds of
@@ -306,12 +317,16 @@ class SCConfig:
             third-party summary of the paper.
         latent: `linear`, a learned projection to `dim`, or `identity` *(ours; the paper names no autoencoder)*.
         latent_norm: `layer`, norm sqrt(dim), so that the schedule's signal-to-noise ratio holds, or `unit` *(ours)*.
+        dim: width of the latent space *(ours)*.
         blocks: of dimensions that are rotated each by itself *(ours)*.
         mode: factors of the degree: `inter` (m), `intra` (s), or `both`.
-        alpha: interval of the degree alpha *(paper)*; learnable inside it, per candidate.
+        alpha: interval of the degree alpha *(paper)*.
+        alpha_learnable: learn a degree per candidate inside the interval.
         floor: least m and s *(ours)*.
-        candidates, keep: counterfactuals per clip, and how many of the closest are kept *(paper: 8 of ?)*.
-        start: diffusion step at which the text is rotated, of `steps` *(paper: 200)*.
+        candidates: counterfactuals that are made per clip *(ours; the paper does not say)*.
+        keep: how many of the closest are kept *(paper: 8)*.
+        start: diffusion step at which the text is rotated *(paper: 200)*.
+        steps: of the diffusion *(ours)*.
         ddim_steps: from there to a clean text *(ours)*.
         beta: schedule *(ours)*.
         part: of the text that is rotated: `all` of it, or, for sight, what sound gives to it and, for sound, what sight
@@ -325,14 +340,17 @@ class SCConfig:
             above `min_degree` *(ours)*; `paper`, as printed, whose minimum is no rotation at all; `off`.
         min_degree: least mean degree, as a share of the middle of `alpha`: .35 at the paper's interval *(ours)*. A
             fixed degree would make one network of all intervals.
-        lambda_z, lambda_ortho: Eq. 10 and 11 *(paper)*.
+        lambda_z: weight in Eq. 10 *(paper)*.
+        lambda_ortho: weight in Eq. 11 *(paper)*.
         symmetric: take off a counterfactual what noising and denoising alone do to its text *(ours)*. Without it,
             contrast learns to tell denoised texts from others.
         grad: of the contrast into the generator, its denoiser, decoder and degree *(ours)*: `none`; through the
             `last_step` of the sampler, or `full`, which teach it negatives that are easy to tell; `reversed`, through
             the last step with its sign turned, which teaches it hard ones. A generator without steps takes it whole.
         detach_z: the text is not trained to be easily denoised *(ours)*.
-        width, layers, heads: of the denoiser.
+        width: of the denoiser *(ours)*.
+        layers: of the denoiser *(ours)*.
+        heads: of the denoiser *(ours)*.
     """
 
     enabled: bool = True
@@ -373,18 +391,22 @@ class CDCLConfig:
     """Collaborative distribution-aware contrast, Eq. 13-17, after the decoder's interaction of sight and sound.
 
     Args:
+        enabled: contrast sight, sound and text.
         kind: what a clip is compared by: the `distribution` of its frames, their mean (`prototype`), or each `feature`.
         pairs: sight and sound, sound and text, sight and text.
         dim: width of the shared space.
         sign: `similarity`, exp(-D / tau) *(ours)*; `paper`, exp(+D / tau) as printed, which drives positives apart.
         symmetric: contrast in both directions *(ours; printed: from sight to sound)*.
-        tau, gamma, eps: temperature, weight of the entropies, what is added to covariances in them *(ours)*.
+        tau: temperature *(ours)*.
+        gamma: weight of the entropies *(ours)*.
+        eps: what is added to covariances in the entropies *(ours)*.
         entropy: `in_distance`, as printed, where that of the anchor cancels; `regularizer`, or `none`.
         spectral: of the distance, see `icf.ops.gaussian_wasserstein`.
         positives: clips that do not repel: those with the same most frequent audio text (`index`) *(ours)*; with audio
             texts of a cosine of at least `theta` (`threshold`), with those from `theta_low` on left out (`band`); none
             but the clip itself (`diag`).
-        theta, theta_low: see there.
+        theta: least cosine of audio texts of positives, for `threshold` and `band`.
+        theta_low: cosine from which clips are left out, for `band`.
         no_negatives: a clip that all others are positives of repels them nonetheless (`diag`), or is left out (`skip`).
         text_negatives: counterfactuals (`cf`) *(paper)*, texts of other clips (`batch`), which stand in where there is
             no SC, or `both`, the sum of two losses *(ours)*. Against its own counterfactuals alone a text, and sound
@@ -424,8 +446,16 @@ class CDCLConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """The training objective beside segmentation: parts, and weights of Eq. 19 *(paper)*. Not `enabled`, there is none,
-    whatever its parts say: the paper's baseline."""
+    """The training objective beside segmentation, Eq. 19.
+
+    Args:
+        enabled: off, there is none, whatever its parts say: the paper's baseline.
+        cf_weight: of SC's own losses *(paper)*.
+        cdcl_weight: of the contrast *(paper)*.
+        va: of sight and sound within the contrast *(paper)*.
+        al: of sound and text *(paper)*.
+        vl: of sight and text *(paper)*.
+    """
 
     enabled: bool = True
     mit: MITConfig = field(default_factory=MITConfig)
@@ -478,9 +508,14 @@ class TrainConfig:
 
     Args:
         batch: clips per step and process *(paper: 8)*.
-        epochs: *(paper: 60)*; `iters`, if set, counts optimiser steps instead.
-        lr, weight_decay, backbone_lr: AdamW; decay .05, none for norms and embeddings, backbone at 0.1 of lr *(COMBO)*.
-        schedule, power, warmup: polynomial decay 0.9 without warm-up *(COMBO)*, or `cosine`; warm-up in steps.
+        epochs: passes over the training clips *(paper: 60)*.
+        iters: optimiser steps, in place of epochs.
+        lr: learning rate of AdamW *(COMBO)*.
+        weight_decay: of matrices; norms, biases, queries and embeddings have none *(COMBO)*.
+        backbone_lr: rate of the visual encoder, as a share of `lr` *(COMBO)*.
+        schedule: of the rate: `poly`nomial *(COMBO)*, `cosine` or `constant`.
+        power: of the polynomial *(COMBO)*.
+        warmup: steps in which the rate rises.
         clip: norm that the gradient of the whole model is clipped to *(COMBO: 0.01)*; 0 leaves it alone.
         accumulate: steps whose gradients are added up before the optimiser moves.
         amp: mixed precision.
@@ -545,6 +580,7 @@ class Config:
         backend: of the operators: `auto`, the fastest that can run, `reference`, `cpp`, `cuda` or `triton`, with
             exceptions by operator or family of operators, as in `auto,gw_contrast=reference`; `null` leaves it to
             `icf.set_backend` and the variable ICF_BACKEND.
+        out: the run's folder.
     """
 
     data: DataConfig = field(default_factory=DataConfig)

@@ -8,8 +8,9 @@ from icf_kernels.gw_contrast import (
     gw_contrast,
     gw_text_contrast,
 )
+from icf_kernels.info import fastest
 from icf_kernels.ms_deform_attn import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
 
-__all__ = ["MSDeformAttn", "contrast_positives", "gaussian_entropy", "gaussian_wasserstein", "gram_schmidt",
+__all__ = ["MSDeformAttn", "contrast_positives", "fastest", "gaussian_entropy", "gaussian_wasserstein", "gram_schmidt",
            "gw_contrast", "gw_text_contrast", "ms_deform_attn", "ms_deform_attn_fused", "orthogonal_blend",
            "orthogonal_directions", "set_backend", "use_backend"]

@@ -26,5 +26,18 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def fastest(device: str) -> dict[str, str]:
+    """The backend that the automatic choice takes first on a type of device, by family of operators; where others are
+    asked for, these."""
+    asked, found = requested(), {}
+    for room, op in operators():
+        cases = module(room, "cases").CASES[op]
+        inputs = cases.make_inputs(cases.shapes[0], torch.float32, device if device in ("cpu", "cuda") else "cpu")
+        backend = next(backend for backend in BACKENDS if device in ("cpu", "cuda") and not why_not(
+            room, op, backend, inputs) or backend == "reference")
+        found.setdefault(room, backend)
+    return found if not asked else {"asked for": asked}
+
+
 if __name__ == "__main__":
     print(report())

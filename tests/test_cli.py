@@ -1,4 +1,6 @@
 """The command line as a person meets it: what it prints, writes and refuses."""
+import re
+import shutil
 import subprocess
 import sys
 
@@ -6,7 +8,7 @@ import pytest
 import yaml
 
 from icf.cli import main, presets
-from icf.config import Config, DataConfig, ToyConfig
+from icf.config import Config, DataConfig, ToyConfig, config_parser
 
 
 def run(capsys, *args) -> tuple[int, str, str]:
@@ -85,6 +87,46 @@ def test_info_names_versions_libraries_and_every_backend(capsys):
 def test_help_is_written(command, capsys):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0 and f"usage: icf {command}" in out
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "ablate", "profile"])
+def test_help_is_short_and_names_what_people_change(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(capsys, command, "--help")
+    assert len(out.splitlines()) <= 64 and max(map(len, out.splitlines())) <= 80
+    assert "fields that people change" in out and "--help-fields [SECTION]" in out
+    if command == "train":
+        assert all(re.search(rf"^  {preset} ", out, re.M) for preset in presets())
+
+
+def test_every_field_says_what_it_is(capsys):
+    _, out, _ = run(capsys, "train", "--help-fields")
+    for key in flat(Config().to_dict()):
+        assert f"--{key} " in out, key
+    parser = config_parser()
+    assert [action.dest for action in parser._actions if not action.help] == []
+    _, out, _ = run(capsys, "train", "--help-fields", "model.decoder")
+    assert "--model.decoder.queries N" in out and "--train.lr" not in out
+    status, _, err = run(capsys, "train", "--help-fields", "trian")
+    assert status == 2 and "did you mean 'train'?" in err
+
+
+def flat(values, prefix=""):
+    return [key for name, value in values.items() for key in (
+        flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"])]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell, capsys, tmp_path):
+    _, script, _ = run(capsys, "completion", shell)
+    assert all(word in script for word in ("toy-ms3", "--train.lr", "--ablation", "compose", "--weights"))
+    if shell == "zsh" or shutil.which("bash") is None:
+        return
+    ask = 'COMP_WORDS=(icf {}); COMP_CWORD={}; _icf; echo "${{COMPREPLY[*]}}"'
+    for words, place, found in (("ev", 1, "evaluate"), ("train toy-m", 2, "toy-ms3"), ("data com", 2, "compose"),
+                                ("train --train.ep", 2, "--train.epochs"), ("predict --str", 2, "--strict")):
+        out = subprocess.check_output(["bash", "-c", script + ask.format(words, place)], text=True)
+        assert out.strip() == found
 
 
 @pytest.mark.parametrize("command, option", [("toy", "--bias"), ("compose", "--pictures"), ("check", "--deep"),

@@ -20,7 +20,7 @@ NAMES = {"PRESET": "toy-ms3", "NAME": "icf", "SUBSET": "s4", "SECONDS": "1"}  # 
 SECTIONS = {"data", "model", "loss", "objective", "train", "eval", "context", "decoder", "mit", "sc", "cdcl"}
 RUNNERS = ("icf.engine.train.train", "icf.engine.evaluate.evaluate", "icf.engine.evaluate.evaluate_masks",
            "icf.engine.predict.predict", "icf.engine.results.scores_folder", "icf.engine.checkpoint.export",
-           "icf.engine.checkpoint.read_notes",
+           "icf.engine.checkpoint.read_notes", "icf.engine.summary.started", "icf.engine.summary.scores_in_words",
            "icf.studies.ablate.ablate", "icf.studies.ablate.table_2", "icf.studies.ablate.figure_5",
            "icf.studies.bench.report", "icf.studies.bench.run", "icf.studies.compare.compare",
            "icf.studies.profile.profile", "icf.studies.profile.emit_nvtx", "icf.data.check.check",

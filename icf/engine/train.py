@@ -45,6 +45,7 @@ from icf.engine.conditions import conditions
 from icf.engine.evaluate import evaluate, hearing, validate
 from icf.engine.gradients import gradient_norms
 from icf.engine.results import HISTORY
+from icf.engine.summary import ONE_PROCESS, launched_alone, started, trained, training
 from icf.files import write_atomic
 from icf.machine import readers
 from icf.model.build import build_model
@@ -128,6 +129,11 @@ def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
     optimizer = AdamW(parameter_groups(model, cfg.train), fused=accelerator.device.type in ("cpu", "cuda"))
     schedule = LambdaLR(optimizer, lambda step: lr_factor(cfg.train, step, total_steps))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    splits = {"train": train_set, "val": val_set, "test": test_set}
+    accelerator.print(started("resume" if resume else "train", cfg.out, accelerator.device, accelerator.num_processes,
+                              **training(cfg, model, splits, accelerator.num_processes)))
+    if launched_alone():
+        accelerator.print(ONE_PROCESS)
     if cfg.objective.enabled and cfg.objective.mit.enabled:
         accelerator.print(accelerator.unwrap_model(model).objective.mit.cost())
     progress = Progress()
@@ -410,6 +416,7 @@ def finish(accelerator: Accelerator, model, cfg: Config) -> dict:
     model = accelerator.unwrap_model(model)
     load_weights(model, cfg.out / WEIGHTS)
     results = evaluate(model, cfg, "test", cfg.out, device=accelerator.device, accelerator=accelerator)
+    accelerator.print(trained(cfg.out, cfg.out / WEIGHTS, results))
     accelerator.end_training()  # closes the group of processes too
     return results
 
