@@ -14,7 +14,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from icf.files import read_yaml
 
-FREE = ("out", "data.workers", "data.cache", "train.log_every", "train.save_every", "eval.batch")  # change no result
+# What changes no result.
+FREE = ("out", "data.workers", "data.cache", "train.log_every", "train.save_every", "train.trackers", "eval.batch")
 SUBSETS = ("s4", "ms3", "avss", "folder")
 Subset = Literal["s4", "ms3", "avss", "folder"]
 
@@ -529,6 +530,8 @@ class TrainConfig:
         log_every: steps between two readings of the losses.
         gradient_norms: every ten times as many steps, also log how strongly each term pulls at encoder, decoder, MIT,
             SC and CDCL; costs a backward pass per term then, and nothing otherwise.
+        trackers: where losses, speed, scores, settings and pictures go beside the run's own files: `tensorboard`, and
+            what else Accelerate knows and is installed, as `wandb`. A resumed run begins a new one there.
     """
 
     batch: int = 8
@@ -550,6 +553,7 @@ class TrainConfig:
     save_every: int = 0
     log_every: int = 10
     gradient_norms: bool = False
+    trackers: tuple[str, ...] = ("tensorboard",)
 
 
 @dataclass
@@ -635,7 +639,7 @@ class Config:
 
     def differences(self, other: Config) -> dict[str, tuple[object, object]]:
         """Fields, as `train.lr`, in which another configuration gives other results: its value, and the own one."""
-        there, here = _flat(other.to_dict()), _flat(self.to_dict())
+        there, here = flat(other.to_dict()), flat(self.to_dict())
         return {key: (there.get(key), here.get(key)) for key in {**here, **there}
                 if key not in FREE and there.get(key) != here.get(key)}
 
@@ -650,11 +654,12 @@ class Config:
             raise ValueError(f"configuration: {error}") from None
 
 
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
+def flat(values: dict, prefix: str = "") -> dict[str, object]:
+    """The values of nested dicts by their full names, as `train.lr`."""
+    by_name = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        by_name |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return by_name
 
 
 class ConfigFile(ActionConfigFile):

@@ -4,7 +4,7 @@
 // under nvcc for both sides, so that host and device run the same text.
 #if defined(__CUDACC__)
 #define ICF_INLINE __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
+#elif defined(__GNUC__) || defined(__clang__)
 #define ICF_INLINE inline __attribute__((always_inline))
 #else
 #define ICF_INLINE inline

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__GNUC__)
+#if defined(__GNUC__) || defined(__clang__)
 #define ICF_PREFETCH(address) __builtin_prefetch(address)
 #else
 #define ICF_PREFETCH(address)

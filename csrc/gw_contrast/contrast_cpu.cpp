@@ -92,12 +92,14 @@ ContrastForward forward(const Tensor& x, const Tensor& y, const OptionalTensor& 
   const Loss loss{scale, gamma, eps > 0 && entropy == "in_distance", eps > 0 && entropy == "regularizer", symmetric};
   Tensor value = allocate(distance, {}), grad = allocate(distance, {1, B, B});
   Tensor grad_x_entropy = allocate(distance, {1, B}), grad_y_entropy = allocate(distance, {1, B});
-  dispatch_floating(distance.scalar_type(), "gw_contrast", [&](auto zero) {
+  // named anew, as a lambda may not capture structured bindings before C++20
+  const auto run = [&, &distance = distance, &x_entropy = x_entropy, &y_entropy = y_entropy](auto zero) {
     using T = acc_t<decltype(zero)>;
     const auto data = [](Tensor& t) { return t.mutable_data_ptr<T>(); };
     contrast<T>(loss, pairs_of(positives, x), pairs_of(ignored, x), B, data(distance), data(x_entropy), data(y_entropy),
                 data(value), data(grad), data(grad_x_entropy), data(grad_y_entropy));
-  });
+  };
+  dispatch_floating(distance.scalar_type(), "gw_contrast", run);
   return {value, grad, grad_x_entropy, grad_y_entropy, x_mean, y_mean, x_factor, y_factor, x_inverse, y_inverse, factors};
 }
 

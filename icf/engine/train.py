@@ -11,6 +11,7 @@ import math
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -46,6 +47,7 @@ from icf.engine.evaluate import evaluate, hearing, validate
 from icf.engine.gradients import gradient_norms
 from icf.engine.results import HISTORY
 from icf.engine.summary import ONE_PROCESS, launched_alone, started, trained, training
+from icf.engine.trackers import check_trackers, start_trackers, track_pictures
 from icf.files import write_atomic
 from icf.machine import readers
 from icf.model.build import build_model
@@ -102,7 +104,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
     Raises:
         FileExistsError: ``cfg.out`` holds a run already and ``resume`` is not set.
         FileNotFoundError: there is nothing to resume.
-        ValueError: ``cfg.backend`` cannot run here.
+        ValueError: ``cfg.backend`` cannot run here, or a tracker is not installed.
         OSError: the machine ended the run (a full disk, a killed reader, no memory); the message tells how to go on.
     """
     with use_backend(cfg.backend):
@@ -142,7 +144,7 @@ def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
     write_config(accelerator, cfg)  # what was asked for has passed all checks: the first change to the run's folder
     if not resume:
         save_state(accelerator, cfg.out, progress.step, schedule=schedule, progress=progress)  # something to resume
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
+    start_trackers(accelerator, cfg, progress.step)
 
     bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
     with stop_requested(accelerator) as stopping, bar:
@@ -165,8 +167,9 @@ def run(accelerator: Accelerator, cfg: Config, resume: bool) -> dict:
 def start(cfg: Config, resume: bool) -> Accelerator:
     """The accelerator of a run whose folder has, or has not, something to resume."""
     no_device = not torch.accelerator.is_available()  # told, several processes share the work on CPUs too
-    accelerator = Accelerator(cpu=no_device, mixed_precision=cfg.train.amp, log_with="tensorboard",
-                              project_dir=str(cfg.out), dataloader_config=DataLoaderConfiguration(non_blocking=True))
+    accelerator = Accelerator(cpu=no_device, mixed_precision=cfg.train.amp, project_dir=str(cfg.out),
+                              dataloader_config=DataLoaderConfiguration(non_blocking=True))
+    check_trackers(cfg.train.trackers)
     if resume:
         newest_state(cfg.out)
     elif states(cfg.out) or (cfg.out / WEIGHTS).exists():
@@ -300,7 +303,7 @@ def lr_factor(train: TrainConfig, step: int, total: int) -> float:
 def train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, total_steps, bar, stopping) -> bool:
     """The rest of the epoch that ``progress`` stands in. Returns early, with True, where a stop was asked for."""
     model.train()
-    batches = iter(loader)
+    batches, since, seen = iter(loader), time.perf_counter(), progress.seen
     while group := list(islice(batches, cfg.train.accumulate)):
         # What is random in a step depends on (seed, step) alone, so a resumed run needs no generator states.
         norms = cfg.train.gradient_norms and (progress.step + 1) % (10 * cfg.train.log_every) == 0
@@ -311,7 +314,10 @@ def train_epoch(accelerator, model, loader, optimizer, schedule, cfg, progress, 
         bar.update()
         due = progress.step % cfg.train.log_every == 0
         if due or progress.step == total_steps:
-            log(accelerator, losses, schedule, progress, bar)
+            log(accelerator, losses, schedule, progress, bar)  # which waits for the device
+            now = time.perf_counter()
+            accelerator.log({"clips/s": (progress.seen - seen) / (now - since)}, step=progress.step)
+            since, seen = now, progress.seen
         if progress.step >= total_steps:
             return False
         if (due or accelerator.num_processes == 1) and stopping():
@@ -380,6 +386,7 @@ def validation(accelerator: Accelerator, model, val_set: Dataset, cfg: Config, p
         scores |= hearing(model, val_set, cfg, accelerator)
     progress.evaluations.append({"epoch": progress.epoch, "step": progress.step, **scores})
     accelerator.log({f"val/{name}": value for name, value in scores.items()}, step=progress.step)
+    track_pictures(accelerator, model, val_set, cfg, progress.step)
     state = accelerator.get_state_dict(model)
     better = scores["J&F"] > progress.best
     progress.best = max(progress.best, scores["J&F"])

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 import psutil
 import pytest
 import torch
-from accelerate import Accelerator
+import yaml
+from accelerate import Accelerator, tracking
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.utils import counters
@@ -111,6 +113,58 @@ def test_a_run_leaves_config_metrics_weights_scores_and_report(finished):
         history["evaluations"][-1]["J heard"] < 0.05), "told once, at the end"
     assert (run / "results.json").is_file() and (run / "report.html").is_file() and any((run / "tensorboard").iterdir())
     assert not list(run.rglob("*.partial"))
+
+
+def test_tensorboard_has_losses_speed_scores_settings_and_pictures(finished):
+    folder = finished.out / "tensorboard"
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"loss", "lr", "val/J&F", "clips/s"} <= {*events.Tags()["scalars"]}
+    assert [event.step for event in events.Scalars("clips/s")] == list(range(1, 9))
+    assert all(event.value > 0 for event in events.Scalars("clips/s"))
+    assert [event.step for event in events.Images("val/clips")] == [4, 8]  # after each epoch
+    assert min(events.Images("val/clips")[0].width, events.Images("val/clips")[0].height) > 300
+    (settings,) = folder.glob("*/hparams.yml")
+    settings = yaml.safe_load(settings.read_text())
+    assert settings["train.lr"] == 1e-3 and settings["model.visual.name"] == "resnet10t"
+
+
+@pytest.mark.parametrize("name, wrong", [("wandbb", "is none that Accelerate knows"), ("aim", "is not installed")])
+def test_trackers_that_cannot_run_are_refused_before_anything_is_written(name, wrong, toy_root, tmp_path, monkeypatch):
+    monkeypatch.setattr("icf.engine.trackers.get_available_trackers", lambda: ["tensorboard"])
+    cfg = config(tmp_path / "run", toy_root, trackers=["tensorboard", name])
+    with pytest.raises(ValueError, match=rf"^train.trackers: .*\(tensorboard\), got '{name}', which {wrong}$"):
+        train(cfg)
+    assert not cfg.out.exists()
+
+
+def test_any_tracker_of_accelerate_gets_everything(toy_root, tmp_path, monkeypatch):
+    got = {}
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker = "trackio", False, None
+
+        def __init__(self, run_name, **settings):
+            super().__init__()
+            self.run_name = run_name
+
+        def start(self):
+            got["project"] = self.run_name
+
+        def store_init_configuration(self, values):
+            got.update(values)
+
+        def log(self, values, step, **_):
+            got.update(values)
+
+        def log_images(self, values, step):
+            got.update({name: [picture.shape[-1] for picture in pictures] for name, pictures in values.items()})
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Tracker)
+    monkeypatch.setattr(tracking, "_available_trackers", ["trackio"])
+    cfg = config(tmp_path / "run", toy_root, epochs=1, trackers=["trackio"])
+    train(cfg)
+    assert {"loss", "clips/s", "val/J&F", "train.lr"} <= got.keys()
+    assert got["project"] == "icf" and got["val/clips"] == [3] and not (cfg.out / "tensorboard").exists()
 
 
 def test_loaded_model_is_the_trained_one(finished):
