@@ -331,7 +331,8 @@ def train_step(accelerator: Accelerator, model, group: Sequence[Batch], optimize
                seed: int = 0, norms: bool = False) -> dict[str, Tensor]:
     """A step of the optimiser on the batches of a group (``train.accumulate``) and of all processes: their gradients
     add up to that of one large batch, but for the contrast, whose negatives are those of a batch. With the `norms` of
-    the gradients of its terms among the losses."""
+    the gradients of its terms among the losses, and, of all steps of this model so far: `skipped`, how many were left
+    out, as some gradient was not finite, and `left_out`, how much of what running statistics were to follow."""
     losses = []
     for place, (batch, share) in enumerate(zip(group, shares(accelerator, model, group), strict=True)):
         # Batches and processes draw their own numbers; the primes keep steps and processes apart.
@@ -342,12 +343,28 @@ def train_step(accelerator: Accelerator, model, group: Sequence[Batch], optimize
             own = own.shared(share)
             accelerator.backward(own.total)
         losses.append(own.detached())
-    if clip:
-        accelerator.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
+    skipped = finite_step(accelerator, model, optimizer, clip)
     schedule.step()
     optimizer.zero_grad(set_to_none=True)
-    return {name: sum(row[name] for row in losses) for name in losses[0]}
+    left_out = [counted for name, counted in model.named_buffers() if name.endswith("left_out")]
+    return {**{name: sum(row[name] for row in losses) for name in losses[0]}, "skipped": skipped,
+            "left_out": sum(left_out, torch.zeros_like(skipped))}
+
+
+def finite_step(accelerator: Accelerator, model: nn.Module, optimizer, clip: float) -> Tensor:
+    """A step along the gradients, clipped if `clip` is not 0, which leaves weights and optimiser as they are where any
+    is not finite; returns how many of this optimiser's have so far. A fused optimiser decides on its device, so that
+    nothing waits for that; others wait. With a scaler of gradients, it decides."""
+    norm = accelerator.clip_grad_norm_(model.parameters(), clip or math.inf)
+    skip = (~norm.isfinite()).float()
+    inner = getattr(optimizer, "optimizer", optimizer)                      # in Accelerate's
+    fused = getattr(inner, "_step_supports_amp_scaling", False)
+    if fused and accelerator.scaler is None:
+        inner.found_inf = skip
+    if fused or accelerator.scaler is not None or not skip:
+        optimizer.step()
+    optimizer.skipped = getattr(optimizer, "skipped", 0) + skip
+    return optimizer.skipped
 
 
 def shares(accelerator: Accelerator, model, group: Sequence[Batch]) -> list[dict[str, Tensor]]:

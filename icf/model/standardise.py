@@ -20,11 +20,12 @@ class Standardise(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("usual", torch.zeros(2, dim))
+        self.register_buffer("left_out", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor, learn: bool = False) -> Tensor:
         """x: [N,dim]; learn: in training, what is usual follows x."""
         if learn and self.training:
-            follow(self.usual, x.detach().float()[None], None)
+            self.left_out += follow(self.usual, x.detach().float()[None], None)
         mean, square = self.usual
         variance = (square - mean.square()).clamp(min=0)
         return (x - mean) * (variance + FLOOR * variance.mean()).clamp(min=1e-12).rsqrt()

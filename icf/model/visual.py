@@ -62,9 +62,10 @@ class VisualEncoder(nn.Module):
 
 def keep_finite(module: nn.Module) -> nn.Module:
     """In place: no BatchNorm of `module` takes what is not finite into its running statistics, of which one value, an
-    overflow in half precision say, would stay for ever."""
+    overflow in half precision say, would stay for ever; its buffer `left_out` counts the batches of which any was."""
     for norm in module.modules():
         if isinstance(norm, _BatchNorm) and norm.track_running_stats:
+            norm.register_buffer("left_out", torch.zeros_like(norm.running_mean[0]), persistent=False)
             norm.register_forward_pre_hook(_remember)
             norm.register_forward_hook(_restore)
     return module
@@ -77,8 +78,11 @@ def _remember(norm: _BatchNorm, _) -> None:
 
 def _restore(norm: _BatchNorm, _, __) -> None:
     if norm.training:
-        for now, before in zip((norm.running_mean, norm.running_var), norm.before, strict=True):
-            now.data.copy_(torch.where(now.isfinite(), now, before))    # backward keeps it, unread
+        now = torch.stack([norm.running_mean, norm.running_var])
+        norm.left_out += ~now.isfinite().all()
+        for running, kept in zip((norm.running_mean, norm.running_var), now.where(now.isfinite(), norm.before),
+                                 strict=True):
+            running.data.copy_(kept)                                    # backward keeps it, unread
 
 
 def _create(name: str, weights: str) -> nn.Module:

@@ -28,8 +28,8 @@ class Text(NamedTuple):
         index: [B,T] int64, which of the audio texts that is.
         choices: [k,D] all of them.
         losses: terms of the texts themselves, weighted; empty by default.
-        left_out: 0-dim, how many features of all steps so far were not finite, and entered no running mean; None where
-            there are none.
+        left_out: 0-dim, how many features and texts of all steps so far were not finite, and entered no buffer; None
+            where there are none.
     """
 
     z: Tensor
@@ -125,7 +125,9 @@ class MIT(nn.Module):
                  for level, slots in self.slots.items()}
         with torch.no_grad():
             for level, text in texts.items():
-                self.kept[level].copy_(torch.where(text.isfinite().all(), text, self.kept[level]))
+                finite = text.isfinite().all()
+                self.kept[level].copy_(torch.where(finite, text, self.kept[level]))
+                self.left_out += ~finite
         return texts
 
     def cost(self) -> str:

@@ -12,6 +12,7 @@ from icf.config import MITConfig, ObjectiveConfig
 from icf.context import LevelFeatures
 from icf.objective.average import average
 from icf.objective.cdcl import CDCL, pool
+from icf.objective.checks import check_config, check_features, check_masks, warn_of_untrained
 from icf.objective.mit import MIT, Text
 from icf.objective.sc import GENERATORS, SC, Counterfactuals, govern
 
@@ -34,15 +35,19 @@ class ICFObjective(nn.Module):
         losses = objective(visual, audio)          # features after the model's own audio-visual interaction
         (segmentation_loss + losses["total"]).backward()
 
+    Its parameters are trained, too, and have to be in an optimiser (docs/objective.md has a whole host).
+
     Args:
         visual_dim, audio_dim: channels of `visual` and `audio` below.
         config: settings; the defaults need the text towers of CLIP, X-CLIP and CLAP (`transformers`), and `diffusers`.
+            With `MITConfig(frame="hash", video="hash", audio="hash")` no file is needed, for tests.
         map_dims, sound_dim: channels of `maps` and `sound` below; by default those of `visual` and `audio`.
         attended: levels whose frames attend to one another before they are matched to text (Eq. 1-2).
         context_dim, literal_product: of that attention, see `icf.context.ChannelAttention`.
         inference: only what a model with `mit.inject` needs at test time.
 
     Raises:
+        TypeError: a `config` that is no `ObjectiveConfig`.
         ValueError: settings that contradict each other, text towers that do not fit, a package that is missing.
         FileNotFoundError, ConnectionError: weights of text towers that are missing, or cannot be fetched.
     """
@@ -53,9 +58,10 @@ class ICFObjective(nn.Module):
                  inference: bool = False):
         super().__init__()
         self.config = config = config or ObjectiveConfig()
-        config.check()
+        check_config(config)
         mit, sc, cdcl = config.mit, config.sc, config.cdcl
-        map_dims, sound_dim = map_dims or [visual_dim], sound_dim or audio_dim
+        self.visual_dim, self.audio_dim = visual_dim, audio_dim
+        self.map_dims, self.sound_dim = map_dims, sound_dim = list(map_dims or [visual_dim]), sound_dim or audio_dim
         self.levels = self.mit = self.sc = self.cdcl = None
         if mit.enabled:
             self.levels = LevelFeatures(map_dims, mit.dim, mit.levels, attended, context_dim, literal_product,
@@ -66,6 +72,9 @@ class ICFObjective(nn.Module):
         if cdcl.enabled and not inference:
             self.cdcl = CDCL(cdcl, visual_dim, audio_dim, mit.dim if mit.enabled else None)
         self._captions: dict[str, Tensor] = {}
+        self._looked = False
+        if not inference:
+            warn_of_untrained(self)
 
     def forward(self, visual: Tensor | Sequence[Tensor], audio: Tensor, frame_mask: Tensor | None = None,
                 visual_mask: Tensor | None = None, *, maps: Sequence[Tensor] | None = None,
@@ -77,6 +86,7 @@ class ICFObjective(nn.Module):
 
         Args:
             visual: features of B clips of T seconds after interaction, [B,T,C,H,W], or several maps, the finest first.
+                Features of 16 bits are taken as float32.
             audio: [B,T,D], the sound after interaction.
             frame_mask: [B,T] bool, seconds that exist; they come first. None: all do.
             visual_mask: [B,T,1,h,w] probability of the foreground, where vision is averaged; None: everywhere.
@@ -86,13 +96,42 @@ class ICFObjective(nn.Module):
             negative: [B] bool, clips whose `audio` is not theirs; their `sound` is, so that texts are true.
 
         Raises:
-            ValueError: features whose shapes do not go together.
+            TypeError: features that are no floating tensors.
+            ValueError: parameters that are not float32; features of other channels than the objective was built for, or
+                whose shapes do not go together; in the first call that is not compiled, also a `frame_mask` with holes,
+                and logits as `visual_mask`.
         """
         visual = [visual] if isinstance(visual, Tensor) else list(visual)
-        _check(visual, audio, frame_mask)
-        reading = self.read(maps or visual, audio if sound is None else sound, frame_mask)
+        visual, maps, audio, sound = self._features(visual, maps, audio, sound)
+        look = not (self._looked or torch.compiler.is_compiling())          # at values: this waits for the device
+        check_masks(audio.shape[:2], frame_mask, visual_mask, negative, look)
+        self._looked = self._looked or look
+        reading = self.read(maps, sound, frame_mask)
         cf = self.imagine(reading, frame_mask, replaced_sound, captions)
         return self.contrast(visual[0], audio, reading, cf, frame_mask, negative, visual_mask)
+
+    def _features(self, visual: list[Tensor], maps: Sequence[Tensor] | None, audio: Tensor,
+                  sound: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """All features, checked, in float32; what is not given is that after interaction."""
+        dtype = next((p.dtype for p in self.parameters() if p.requires_grad), torch.float32)
+        if dtype != torch.float32:
+            raise ValueError(f"ICFObjective: expected parameters in float32, got {dtype}; torch.autocast makes the "
+                             "model's work one of 16 bits and leaves parameters as they are")
+        audio = check_features("audio", audio, None, self.audio_dim, 3)
+        clips = audio.shape[:2]
+        sound = check_features("sound", audio if sound is None else sound, clips, self.sound_dim, 3)
+        own = maps is None
+        maps = visual if own else list(maps)
+        if not visual:
+            raise ValueError("visual: expected at least one map, got none")
+        visual = [check_features("visual", visual[0], clips, self.visual_dim, 5), *visual[1:]]
+        if len(maps) != len(self.map_dims):
+            raise ValueError(f"{'visual' if own else 'maps'}: expected {len(self.map_dims)} maps, of map_dims="
+                             f"{self.map_dims}, got {len(maps)}")
+        names = [("visual" if own else "maps") + (f"[{i}]" if len(maps) > 1 else "") for i in range(len(maps))]
+        maps = [check_features(name, x, clips, channels, 5)
+                for name, x, channels in zip(names, maps, self.map_dims, strict=True)]
+        return visual, maps, audio, sound
 
     def read(self, maps: Sequence[Tensor], sound: Tensor, frame_mask: Tensor | None = None) -> Reading | None:
         """MIT. maps: [B,T,C,h,w] each; sound: [B,T,D]. None where it is switched off."""
@@ -204,10 +243,12 @@ def others(x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
 
 def build_towers(config: MITConfig) -> dict[str, nn.Module]:
     """The frozen text tower of each level and of sound; equal settings share one."""
-    from icf.objective.towers import text_tower
+    from icf.objective.towers import require_towers, text_tower
 
     specs = {level: config.frame if level == "frame" else config.video for level in config.levels}
     specs["audio"] = config.audio
+    require_towers({f"objective.mit.{name}": getattr(config, name) for name in ("frame", "video", "audio")
+                    if getattr(config, name) in specs.values()})
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     keys = {"frame": "frame", "video": "video", "segment": "video", "audio": "audio"}
     built: dict[str, nn.Module] = {}
@@ -216,15 +257,3 @@ def build_towers(config: MITConfig) -> dict[str, nn.Module]:
             kind, _, weights = spec.partition(":")
             built[spec] = text_tower(kind, weights or "default", dtype, f"objective.mit.{keys[level]}")
     return {level: built[spec] for level, spec in specs.items()}
-
-
-def _check(visual: Sequence[Tensor], audio: Tensor, frame_mask: Tensor | None) -> None:
-    if audio.ndim != 3:
-        raise ValueError(f"audio: expected [B,T,D], got {list(audio.shape)}")
-    for x in visual:
-        if x.ndim != 5 or x.shape[:2] != audio.shape[:2]:
-            raise ValueError(f"visual: expected [B,T,C,H,W] with B, T = {list(audio.shape[:2])} as audio has, got "
-                             f"{list(x.shape)}")
-    if frame_mask is not None and (frame_mask.shape != audio.shape[:2] or frame_mask.dtype != torch.bool):
-        raise ValueError(f"frame_mask: expected bool {list(audio.shape[:2])}, got {frame_mask.dtype} "
-                         f"{list(frame_mask.shape)}")

@@ -9,8 +9,8 @@ import copy
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -30,6 +30,10 @@ KINDS = ("clip", "xclip", "clap", "laion_clap", "hash")
 DEFAULTS = {"clip": "openai/clip-vit-base-patch32", "xclip": "microsoft/xclip-base-patch32",
             "clap": "laion/clap-htsat-unfused", "laion_clap": "630k-audioset-best.pt", "hash": "0"}
 CLASSES = {"clip": "CLIPTextModelWithProjection", "xclip": "XCLIPModel", "clap": "ClapTextModelWithProjection"}
+
+ABOUT = {"openai/clip-vit-base-patch32": "0.6 GB", "microsoft/xclip-base-patch32": "0.8 GB",
+         "laion/clap-htsat-unfused": "0.6 GB", "lukewys/laion_clap": "1.9 GB", "roberta-base": "3 MB, a tokeniser"}
+"""What is fetched of repositories of the hub."""
 
 LAION_REPOSITORY = "lukewys/laion_clap"
 LAION_FILES = ("630k-best.pt", "630k-audioset-best.pt", "630k-fusion-best.pt", "630k-audioset-fusion-best.pt",
@@ -176,6 +180,65 @@ def text_tower(kind: str, weights: str | nn.Module = "default", dtype: torch.dty
     return tower
 
 
+def require_towers(specs: Mapping[str, str]) -> None:
+    """Raise one ConnectionError for all files of towers that are neither here nor can be fetched, before any is read.
+
+    Args:
+        specs: `kind` or `kind:weights` of each tower, by the key that an error names.
+    """
+    missing: dict[str, list[str]] = {}
+    for key, spec in specs.items():
+        kind, _, weights = spec.partition(":")
+        for name, wanted in _repositories(kind, os.path.expanduser(weights or DEFAULTS.get(kind, ""))):
+            with suppress(ValueError):                                      # of a name that the hub can have none of:
+                if _cached(name, wanted) is None:                           # told where the tower is read
+                    missing.setdefault(name, []).append(key)
+    reason = _unreachable(next(iter(missing))) if missing else ""
+    if reason:
+        said = [f"{name} ({f'about {ABOUT[name]}, ' if name in ABOUT else ''}{' and '.join(keys)})"
+                for name, keys in missing.items()]
+        raise ConnectionError(
+            f"text towers: {', '.join(said)}: no local folder, not in the cache of the Hugging Face hub, and cannot be "
+            f"fetched from there ({reason}); with a network, `hf download NAME` fills the cache, which HF_HOME moves "
+            "and HF_HUB_OFFLINE=1 reads alone; or give a local folder, as clip:FOLDER; or hash, a small tower that "
+            "needs no file, for tests")
+
+
+def _repositories(kind: str, weights: str) -> list[tuple[str, Sequence[Sequence[str]]]]:
+    """Repositories of the hub that a tower is read from, and the files wanted of each; none for local files."""
+    if kind in CLASSES:
+        return [] if Path(weights).is_dir() else [(weights, MODEL_FILES)]
+    if kind == "laion_clap" and not Path(weights).is_file() and weights in LAION_FILES:
+        return [(LAION_REPOSITORY, [[weights]]), (LAION_TOKENIZER, TOKENIZER_FILES)]
+    return []
+
+
+def _cached(name: str, wanted: Sequence[Sequence[str]]) -> Path | None:
+    """The folder of a repository in the hub's cache; None if it lacks a file.
+
+    Raises:
+        huggingface_hub.errors.HFValidationError: the hub can have none of that name.
+    """
+    import huggingface_hub as hub
+    try:
+        folder = Path(hub.snapshot_download(name, local_files_only=True))
+    except OSError:
+        return None
+    return None if _lacking({path.name for path in folder.iterdir()}, wanted) else folder
+
+
+def _unreachable(name: str) -> str:
+    """Why the hub cannot be asked about a repository; empty if it answers, be it with an error."""
+    import huggingface_hub as hub
+    try:
+        hub.model_info(name, timeout=10)
+    except hub.errors.HfHubHTTPError:
+        return ""
+    except Exception as error:
+        return in_short(error)
+    return ""
+
+
 # --- towers of transformers ------------------------------------------------------------------------------------------
 
 
@@ -279,13 +342,10 @@ def _folder(name: str, wanted: Sequence[Sequence[str]], key: str) -> Path:
         return Path(name)
     import huggingface_hub as hub
     try:
-        folder = Path(hub.snapshot_download(name, local_files_only=True))
-        if not _lacking({path.name for path in folder.iterdir()}, wanted):
+        if folder := _cached(name, wanted):
             return folder
     except hub.errors.HFValidationError as error:
         raise FileNotFoundError(f"{key}: there is no folder {name!r}, nor can the hub have one of that name") from error
-    except OSError:
-        pass                                                                # not in the cache
     try:
         files = {entry.rfilename for entry in hub.model_info(name, timeout=10).siblings}
         chosen = [next(file for file in group if file in files) for group in wanted if files & set(group)]

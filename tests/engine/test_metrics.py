@@ -388,3 +388,38 @@ def test_two_processes_give_the_scores_of_one(tmp_path):
 def test_bad_input_is_refused_with_its_reason(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# numbers of the published code
+
+def waves(channels: int = 1) -> torch.Tensor:
+    """Logits [40,channels,24,24] of 8 clips of 5 frames, the same on every machine."""
+    sizes = (8, 5, channels, 24, 24)
+    c, t, k, y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in sizes), indexing="ij")
+    return (3 * torch.sin(0.7 * x + 1.3 * c + 2.1 * k) * torch.cos(0.4 * y - 0.9 * t + k)).float().flatten(0, 1)
+
+
+def test_one_foreground_has_the_numbers_of_avsbenchs_code():
+    """`mask_iou` and `Eval_Fmeasure` of its avs_s4/utils/utility.py on these inputs, in batches of 4 clips, and F clip
+    by clip; two clips and a frame of another are silent."""
+    logits, clip = waves()[:, 0], torch.arange(8).repeat_interleave(5)
+    truth = (logits.roll((1, 2), (1, 2)) > 1).long()
+    truth[10:20], truth[7] = 0, 0
+    j, f = Jaccard(8), FScore(8)
+    j.update(logits.sigmoid(), truth, clip), f.update(logits.sigmoid(), truth, clip)
+    assert float(j.scores()["background/batch:4"]) == pytest.approx(0.3007164, abs=2e-7)
+    assert float(f.scores()["batch:4/zero"]) == pytest.approx(0.3272960, abs=2e-7)
+    assert float(f.scores()["per_video/zero"]) == pytest.approx(0.2559195, abs=2e-7)
+
+
+def test_classes_have_the_numbers_of_avsbenchs_code():
+    """`calc_color_miou_fscore` of its avss/utils/compute_color_metrics.py, and what avss/test.py makes of it."""
+    prediction, truth = waves(6), waves(6).roll((1, 1), (2, 3)).argmax(1)
+    prediction[:, 4] -= 9
+    truth[10:15] = 0
+    metric = SemanticScores(8, 6)
+    metric.update(prediction.argmax(1), truth, torch.arange(8).repeat_interleave(5))
+    scores = metric.scores()
+    assert float(scores["J/all/real/include"]) == pytest.approx(0.2553041, abs=2e-7)
+    assert float(scores["J/all/real/public"]) == pytest.approx(0.2406832, abs=2e-7)
+    assert float(scores["F/all/real/public"]) == pytest.approx(0.3489138, abs=2e-7)

@@ -1,13 +1,17 @@
 """A step of the optimiser: however its clips are dealt out to batches, the gradient is that of all of them at once."""
+import copy
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from icf.data import Batch
-from icf.engine.train import shares, train_step
+from icf.engine.train import finite_step, shares, train_step
 from icf.model.icf import ICF
 from icf.model.losses import NO_OBJECT, Losses, matched_counts
+from icf.model.visual import keep_finite
 
 
 @pytest.fixture
@@ -138,3 +142,54 @@ def test_batches_of_a_group_draw_their_own_numbers_and_the_same_again(accelerato
     for seed in (5, 6, 5):
         train_step(accelerator, model, [batch] * 3, Still(), Still(), 0.0, seed)
     assert len({*model.drawn}) == 6 and model.drawn[:3] == model.drawn[6:]
+
+
+class Weighing(torch.nn.Module):
+    """A loss with a gradient that is `value` in one of its weights, and a norm that sees `value`, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.value = torch.nn.Parameter(torch.ones(3)), 1.0
+        self.norm = keep_finite(torch.nn.BatchNorm1d(2))
+
+    def forward(self, batch):
+        seen = self.norm(torch.tensor([[1.0, 2.0], [3.0, self.value]])).square().mean()
+        loss = (self.weight * torch.tensor([1.0, self.value, 2.0])).sum() + 0 * seen.detach().nan_to_num(0)
+        return Losses({"bce": loss}, {"bce": loss})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(accelerator, value, clip, fused):
+    torch.manual_seed(0)
+    model = Weighing()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    train_step(accelerator, model, [None], optimizer, schedule, clip)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    model.value = value
+    losses = train_step(accelerator, model, [None], optimizer, schedule, clip)
+    weights, state = model.state_dict(), optimizer.state_dict()["state"]
+    assert torch.equal(weights["weight"], before[0]["weight"]) and (losses["skipped"], losses["left_out"]) == (1, 1)
+    assert all(torch.equal(state[key][name], kept) for key in state for name, kept in before[1][key].items())
+    model.value = 1.0
+    losses = train_step(accelerator, model, [None], optimizer, schedule, clip)
+    assert not torch.equal(model.weight, before[0]["weight"]) and model.weight.isfinite().all()
+    assert (losses["skipped"], losses["left_out"]) == (1, 1)
+
+
+def test_a_step_does_not_wait_to_know_whether_it_is_finite(accelerator):
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "is_nonzero")
+            return func(*args, **(kwargs or {}))
+
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for value in (1.0, float("nan")):
+        (model(torch.ones(1, 3)).sum() * value).backward()
+        with Refuse():
+            skipped = finite_step(accelerator, model, optimizer, 1.0)
+    assert skipped == 1 and model.weight.isfinite().all()

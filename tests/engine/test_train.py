@@ -36,7 +36,7 @@ from icf.engine.checkpoint import (
 )
 from icf.engine.evaluate import evaluate
 from icf.engine.predict import predict
-from icf.engine.train import EpochSampler, length, lr_factor, machine_errors, parameter_groups, train
+from icf.engine.train import EpochSampler, length, lr_factor, machine_errors, parameter_groups, train, train_step
 from icf_kernels._common.backend import PROBLEM
 from icf_kernels._common.testing import Calls
 
@@ -270,6 +270,25 @@ def test_stopped_in_mid_epoch_and_resumed_equals_uninterrupted(finished, toy_roo
         assert torch.equal(weights(cfg.out)[name], value), name
     first, second = (json.loads((run / "metrics.json").read_text()) for run in (finished.out, cfg.out))
     assert first == second
+
+
+def test_resumed_with_clips_of_another_sound_equals_uninterrupted(toy_root, tmp_path, monkeypatch):
+    monkeypatch.setattr("icf.engine.train.finish", lambda accelerator, model, cfg: {})
+    heard = []
+    monkeypatch.setattr("icf.engine.train.train_step", lambda accelerator, model, group, *rest: (
+        heard.append(group[0].negative.tolist()), train_step(accelerator, model, group, *rest))[1])
+
+    def run(name, iters, resume=False):
+        cfg = config(tmp_path / name, toy_root, iters=iters, schedule="constant")
+        cfg.data.negatives, cfg.data.workers, cfg.model.decoder.layers = 0.5, 0, 1
+        train(cfg, resume)
+        return weights(cfg.out)
+
+    whole = run("whole", 3)
+    run("stopped", 2)
+    stopped = run("stopped", 3, resume=True)
+    assert heard[:3] == heard[3:] and any(map(any, heard)) and not all(map(all, heard))
+    assert whole.keys() == stopped.keys() and all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
 def test_dead_reader_and_full_disk_are_told_in_a_line_and_cost_the_step_in_flight(finished, toy_root, tmp_path):

@@ -21,6 +21,7 @@ from icf_kernels._common.testing import (
     operator_function,
     operators,
     require_grad,
+    results,
     why_not,
 )
 
@@ -72,6 +73,29 @@ def test_gradients_by_finite_differences(room, op, device, backend):
     assert torch.autograd.gradcheck(function, require_grad(args)[0], fast_mode=fast)
     with suppress(NotImplementedError):  # the second derivative is right or refused
         assert torch.autograd.gradgradcheck(function, require_grad(args)[0], fast_mode=fast)
+
+
+@every_target
+@every_differentiable_operator
+def test_what_was_changed_before_backward_is_noticed(room, op, device, backend):
+    """A gradient is that of the values that forward has seen, or refused."""
+    function, args = prepare(room, op, device, backend, torch.float64)
+
+    def gradients(place):
+        moved, leaves = require_grad(args)
+        inner = map_differentiable(lambda a: a * 1, moved)
+        outs = [out * 1 for out in results(function, inner) if out.is_floating_point()]
+        if place is not None:
+            with torch.no_grad():
+                inner[place].add_(0.5)
+        return torch.autograd.grad(sum(out.square().sum() for out in outs), leaves)
+
+    exact = gradients(None)
+    for place in [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]:
+        try:
+            torch.testing.assert_close(gradients(place), exact)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
 
 
 @every_target

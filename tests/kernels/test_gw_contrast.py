@@ -351,6 +351,32 @@ def test_spectral_modes_differ_as_documented():
     assert gaussian_wasserstein(x, x, spectral="entropic").diagonal().abs().max() < 1e-12
 
 
+FULL_RANK = [(5, 4), (40, 12), (20, 6)]  # more frames than dimensions
+
+
+@pytest.mark.parametrize("T, d", FULL_RANK)
+def test_is_the_frechet_distance_of_scipys_roots(T, d):
+    """As FID is computed: by the square root of the product of the covariances."""
+    linalg = pytest.importorskip("scipy.linalg", reason="scipy is the oracle")
+    x, y = frames(2, T, d, 1), frames(2, T, d, 2)
+    for i in range(2):
+        for j in range(2):
+            a, b = x[i].numpy(), y[j].numpy()
+            cov_a, cov_b = (z.T @ z / T for z in (a - a.mean(0), b - b.mean(0)))
+            root = linalg.sqrtm(cov_a @ cov_b).real.trace()
+            expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + (cov_a + cov_b).trace() - 2 * root
+            assert gaussian_wasserstein(x, y)[i, j].item() == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("T, d", FULL_RANK[1:])
+def test_is_the_bures_wasserstein_distance_of_pot(T, d):
+    ot = pytest.importorskip("ot", reason="POT, an optional oracle, is not installed")
+    x, y = frames(1, T, d, 1), frames(1, T, d, 2)
+    (ma, ca), (mb, cb) = ((z[0].mean(0), torch.cov(z[0].T, correction=0)) for z in (x, y))
+    found = gaussian_wasserstein(x, y).item()
+    assert found == pytest.approx(float(ot.gaussian.bures_wasserstein_distance(ma, mb, ca, cb)) ** 2, rel=1e-7)
+
+
 def test_published_values():
     v, a = EYE[None, [0, 1]], EYE[None, [0, 0]]
     torch.testing.assert_close(gaussian_entropy(v), torch.tensor([1.9659128], dtype=torch.float64))

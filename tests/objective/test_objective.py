@@ -122,6 +122,23 @@ def test_fusion_weighs_what_speaks_of_a_second():
     torch.testing.assert_close(mit._fuse(texts, member)[0, :, 0], torch.tensor([0.5, 1.0]))    # means of 0, 1 and 0, 2
 
 
+@pytest.mark.parametrize("over", ["second", "clip"])
+@pytest.mark.parametrize("fuse", ["query", "level_scalar"])
+def test_weights_of_texts_sum_to_one_over_a_second_or_the_clip(over, fuse):
+    """Over the texts that speak of a second, that follow it; over all real ones of the clip, alike for each second."""
+    mit, _ = make_mit(fuse=fuse, softmax=over, levels=("video", "frame"))
+    matches = [torch.randn(1, 1, 512), torch.randn(1, 3, 512)]
+    member = torch.tensor([[[True, True, False, False], [True, False, True, False], [False] * 4]])  # then padding
+    with torch.no_grad():
+        fused = mit._fuse(matches, member)[0]
+        texts = torch.cat(matches, 1)[0]
+        scores = mit.norm(texts) @ mit.weight / 512 ** 0.5 if fuse == "query" else mit.weight[[0, 1, 1, 1]]
+    spoken = [[0, 1], [0, 2]] if over == "second" else [[0, 1, 2]] * 2
+    expected = torch.stack([scores[s].softmax(0) @ texts[s] for s in spoken])
+    torch.testing.assert_close(fused[:2], expected)
+    assert torch.equal(fused[0], fused[1]) == (over == "clip")
+
+
 def test_at_test_time_the_learned_texts_are_kept_and_no_tower_runs(monkeypatch):
     mit, levels = make_mit()
     visual, audio = features()

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -16,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import icf
+from icf.config import MITConfig
+from icf.objective.objective import build_towers
 from icf.objective.towers import KINDS, TEMPLATES, text_tower
 
 transformers = pytest.importorskip("transformers", reason="the towers' models come from transformers")
@@ -496,6 +499,25 @@ def test_without_network_one_request_and_one_line(cache, kind):
         text_tower(kind, key="model.mit.text.audio")
     one_line(caught, "model.mit.text.audio", "cannot be fetched", "no network", "local folder")
     assert len(cache.requests) == 1
+
+
+def test_all_missing_towers_are_told_at_once_before_any_is_read(published, cache, tmp_path):
+    config = MITConfig(frame=f"clip:{published['clip'][0]}", video="xclip", audio="laion_clap")
+    with pytest.raises(ConnectionError) as caught:
+        build_towers(config)
+    one_line(caught, "microsoft/xclip-base-patch32 (about 0.8 GB, objective.mit.video)", "lukewys/laion_clap (about",
+             "roberta-base (about", "objective.mit.audio", "hf download", "HF_HUB_OFFLINE=1", "clip:FOLDER", "hash")
+    assert "objective.mit.frame" not in str(caught.value) and len(cache.requests) == 1
+    cache("microsoft/xclip-base-patch32", published["xclip"][0])
+    for missing in ("laion_clap", "clap", "clap:someone/other"):
+        with pytest.raises(ConnectionError) as caught:
+            build_towers(replace(config, audio=missing))
+        assert "xclip" not in str(caught.value) and "objective.mit.audio" in str(caught.value)
+
+
+def test_levels_that_are_not_used_need_no_tower(cache):
+    build_towers(MITConfig(frame="hash", video="xclip", audio="hash", levels=("frame",)))
+    assert not cache.requests
 
 
 def test_one_format_of_the_weights_is_fetched(published, cache, monkeypatch):
