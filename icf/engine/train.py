@@ -383,10 +383,16 @@ def shares(accelerator: Accelerator, model, group: Sequence[Batch]) -> list[dict
 
 
 def log(accelerator: Accelerator, losses: dict[str, Tensor], schedule: LambdaLR, progress: Progress, bar) -> None:
-    """Read the losses of this step, the only place of the loop that waits for the device."""
+    """Read the losses of this step, the only place of the loop that waits for the device. A step whose loss is not
+    finite was skipped and is told, not kept; FloatingPointError where all since the last one that is kept were."""
     values = {name: value.item() for name, value in losses.items()}
     if not math.isfinite(values["total"]):
-        raise FloatingPointError(f"the loss became {values['total']} at step {progress.step}: {values}")
+        last = progress.steps[-1] if progress.steps else {"step": 0}
+        said = f"the loss became {values['total']} at step {progress.step}"
+        if values["skipped"] - last.get("skipped", 0) >= progress.step - last["step"] >= HOPELESS:
+            raise FloatingPointError(f"{said}, and no step since {last['step']} could be made: {values}")
+        tqdm.write(f"{said}, which is skipped; {values['skipped']:.0f} so far")
+        return
     row = {"loss": values.pop("total"), "lr": max(schedule.get_last_lr()), **values}
     progress.steps.append({"step": progress.step, **row})
     accelerator.log(row, step=progress.step)
@@ -419,6 +425,8 @@ def validation(accelerator: Accelerator, model, val_set: Dataset, cfg: Config, p
             tqdm.write(DEAF_ADVICE.format(scores["J heard"]))
 
 
+HOPELESS = 10
+"""Steps without a finite gradient that end a run."""
 DEAF = 0.05
 """Of what J loses with another sound."""
 DEAF_ADVICE = """With another clip's sound J falls by no more than {:.3f}: the model goes by the picture alone. Try:

@@ -1,5 +1,6 @@
 """A step of the optimiser: however its clips are dealt out to batches, the gradient is that of all of them at once."""
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from icf.data import Batch
-from icf.engine.train import finite_step, shares, train_step
+from icf.engine.train import Progress, finite_step, log, shares, train_step
 from icf.model.icf import ICF
 from icf.model.losses import NO_OBJECT, Losses, matched_counts
 from icf.model.visual import keep_finite
@@ -193,3 +194,20 @@ def test_a_step_does_not_wait_to_know_whether_it_is_finite(accelerator):
         with Refuse():
             skipped = finite_step(accelerator, model, optimizer, 1.0)
     assert skipped == 1 and model.weight.isfinite().all()
+
+
+def test_a_bad_step_is_told_and_many_end_the_run(capsys):
+    accelerator, schedule = SimpleNamespace(log=lambda *_, **__: None), SimpleNamespace(get_last_lr=lambda: [1e-3])
+    bar, progress = SimpleNamespace(set_postfix=lambda **_: None), Progress()
+
+    def step(total, skipped):
+        progress.step += 1
+        losses = {"total": torch.tensor(total), "skipped": torch.tensor(float(skipped))}
+        log(accelerator, losses, schedule, progress, bar)
+
+    for total, skipped in [(1.0, 0), (torch.nan, 1), (1.0, 1), *((torch.nan, 2 + i) for i in range(9))]:
+        step(total, skipped)
+    assert [row["step"] for row in progress.steps] == [1, 3]
+    assert "the loss became nan at step 2, which is skipped; 1 so far" in capsys.readouterr().out
+    with pytest.raises(FloatingPointError, match="nan at step 13, and no step since 3"):
+        step(torch.nan, 11)
