@@ -271,10 +271,13 @@ def ablate(args: list[str]) -> None:
     study = own.add_mutually_exclusive_group()
     study.add_argument("--table", type=int, choices=(2,), help="components and variants (the default)")
     study.add_argument("--figure", type=int, choices=(5,), help="sweeps and disturbances")
+    study.add_argument("--compare", action="store_true", help="components, and the method with sounds that belong to "
+                       "nothing, with intervals and tests: statistics.md, .json and .png")
     own.add_argument("--base", default="toy-ms3", metavar="PRESET", help="the full method (default: %(default)s)")
     own.add_argument("--rows", nargs="+", metavar="ROW", help="some only: ablations of the table, as of icf train "
                      "--ablation, or sweeps of the figure: keep, alpha, start, snr_db, frame_mix")
-    own.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    own.add_argument("--seeds", nargs="+", default=["0-2"], metavar="SEED", help="numbers and ranges (default: 0-2)")
+    own.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, of one thread each")
     own.add_argument("--out", type=user_path, default=Path("runs/ablations"), help="folder of the runs and the table "
                      "(default: %(default)s)")
     own.add_argument("--report-only", action="store_true", help="write the table of what there is, train nothing")
@@ -282,11 +285,22 @@ def ablate(args: list[str]) -> None:
     if options.target is not None:
         raise ValueError(f"ablate: expected options only, got {options.target!r}; --base names a preset")
     from icf.studies.ablate import ablate as run
-    from icf.studies.ablate import figure_5, table_2
-    plan = figure_5 if options.figure else table_2
+    from icf.studies.ablate import comparison, figure_5, table_2
+    plan = figure_5 if options.figure else comparison if options.compare else table_2
     base = preset_file(options.base)
     found = plan(lambda name: configure([base], [str(ablations()[name])]), options.rows)
-    run(found, options.seeds, options.out, pick_device(None), options.report_only)
+    run(found, numbers("--seeds", options.seeds), options.out, pick_device(None), options.report_only, options.jobs)
+
+
+def numbers(option: str, words: Sequence[str]) -> list[int]:
+    """Numbers and ranges such as `0-9`, ends included. Raises ValueError for anything else."""
+    found: list[int] = []
+    for word in words:
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word, re.ASCII)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"{option}: expected numbers and ranges such as 3 or 0-9, got {word!r}")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return list(dict.fromkeys(found))
 
 
 def data(args: list[str]) -> None:

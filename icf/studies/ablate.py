@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, stdev
 
+import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 
 from icf.config import Config, DataConfig, denoises
+from icf.data import build_dataset
 from icf.engine.checkpoint import CONFIG, load_model, read_config, states
 from icf.engine.evaluate import evaluate
 from icf.engine.results import RESULTS, SCORES, read_results
@@ -28,6 +33,7 @@ from icf.engine.tally import BINARY_DEFAULT, SEMANTIC_DEFAULT
 from icf.engine.train import train
 from icf.files import write_atomic
 from icf.studies.paper import FIGURE_5, TABLE_2, Scores, Sweep
+from icf.studies.statistics import draw_seeds, read_measured, statistics_table, summary
 
 NOT_RUN = "not run"
 INK = {"icf": "#26a69a", "baseline": "#808a96"}
@@ -70,7 +76,8 @@ class Study:
     data: DataConfig
 
 
-def ablate(study: Study, seeds: Sequence[int], out: Path, device: str, report_only: bool = False) -> list[dict]:
+def ablate(study: Study, seeds: Sequence[int], out: Path, device: str, report_only: bool = False,
+           jobs: int = 1) -> list[dict]:
     """Train and evaluate what is missing of a study, write its tables, and print them.
 
     Args:
@@ -79,13 +86,16 @@ def ablate(study: Study, seeds: Sequence[int], out: Path, device: str, report_on
         out: folder of the runs and tables.
         device: that finished networks are evaluated on.
         report_only: train and evaluate nothing.
+        jobs: runs that are trained at a time, each in a process of one thread with its output in `<run>-<seed>.log`.
 
     Returns:
         What the JSON file holds of each line.
 
     Raises:
-        ValueError: a run in `out` has other settings, or was evaluated in another way.
+        ValueError: a run in `out` has other settings, or was evaluated in another way, or some of `jobs` failed.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs: expected at least 1, got {jobs}")
     if not report_only:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ValueError("ablate: runs as one process; under several, train each row with icf train PRESET "
@@ -94,6 +104,8 @@ def ablate(study: Study, seeds: Sequence[int], out: Path, device: str, report_on
                 for seed in seeds for name, cfg in study.configs.items()]
         for cfg in runs:
             check_same(cfg)
+        if jobs > 1:
+            train_beside([cfg for cfg in runs if not (cfg.out / RESULTS).is_file()], jobs)
         for number, cfg in enumerate(runs, start=1):
             if not (cfg.out / RESULTS).is_file():
                 print(f"{cfg.out.name}, {number} of {len(runs)}", flush=True)
@@ -128,6 +140,15 @@ def table_2(configure: Callable[[str], Config], wanted: Sequence[str] | None = N
                   note=notes.get(row.ablation, "")) for row in rows]
     trained = dict.fromkeys(line.run for line in lines if line.run != "text_revision" or data.captions is not None)
     return Study("table-2", lines, {run: configure(run) for run in trained}, data)
+
+
+def comparison(configure: Callable[[str], Config], wanted: Sequence[str] | None = None) -> Study:
+    """The components of Table 2, and the whole method with sounds that belong to nothing, to be told apart with
+    statistics. Raises ValueError where there is no such row."""
+    names = [row.ablation for row in TABLE_2 if row.block == "components" or row.ablation == "icf_negatives"]
+    study = table_2(configure, sorted(_known(wanted, names)))
+    lines = {line.run: line for line in reversed(study.lines)}  # the first of each network
+    return replace(study, name="comparison", lines=[lines[line.run] for line in study.lines if line is lines[line.run]])
 
 
 def figure_5(configure: Callable[[str], Config], wanted: Sequence[str] | None = None) -> Study:
@@ -188,6 +209,35 @@ def check_same(cfg: Config) -> None:
     if different := cfg.differences(read_config(cfg.out)):
         shown = ", ".join(f"{key} is {there} there and {here} here" for key, (there, here) in [*different.items()][:3])
         raise ValueError(f"{cfg.out} is a run of other settings: {shown}; --out names another folder")
+
+
+def train_beside(runs: Sequence[Config], jobs: int) -> None:
+    """Train runs, some at a time. One that fails does not stop the others; ValueError names all that did."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    failed = []
+
+    def run(cfg: Config) -> None:
+        settings, log = (cfg.out.with_name(f"{cfg.out.name}.{ending}") for ending in ("yaml", "log"))
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(settings, lambda path: path.write_text(yaml.safe_dump(cfg.to_dict(), sort_keys=False)))
+        what = ["--resume", str(cfg.out)] if states(cfg.out) else [str(settings)]
+        with log.open("a") as file:
+            code = subprocess.run([sys.executable, "-m", "icf.cli", "train", *what], stdout=file, stderr=file,
+                                  env=environment, stdin=subprocess.DEVNULL).returncode
+        print(f"{cfg.out.name}: {'done' if not code else f'failed, see {log}'}", flush=True)
+        failed.extend([cfg.out.name] if code else [])
+
+    for cfg in runs:
+        build_dataset(cfg.data, "train")  # written once, before all of them would
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            list(pool.map(run, runs))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # those that run were interrupted as well, and save their state
+            raise
+    if failed:
+        raise ValueError(f"ablate: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the same command "
+                         "goes on with them")
 
 
 def disturb(study: Study, cfg: Config, device: str) -> None:
@@ -260,14 +310,32 @@ def write(study: Study, out: Path) -> list[dict]:
     """Write the tables of what has been measured so far; returns what the JSON file holds of each line."""
     scores = [measured(line, out, study) for line in study.lines]
     rows = [_row(line, found) for line, found in zip(study.lines, scores, strict=True)]
-    if study.name == "table-2":
+    if study.name != "figure-5":
         add_gains(rows, study, out)
     content = {"study": study.name, "data": _data_name(study.data), "rows": rows}
     write_atomic(out / f"{study.name}.json", lambda path: path.write_text(json.dumps(content, indent=1)))
     write_atomic(out / f"{study.name}.md", lambda path: path.write_text(markdown(study, rows)))
     if study.name == "figure-5":
         write_atomic(out / "figure-5.png", partial(draw, study, rows))
+    if study.name == "comparison":
+        write_comparison(study, out)
     return rows
+
+
+def write_comparison(study: Study, out: Path) -> None:
+    """`statistics.md`, `.json` (every run, and what they come to) and `.png` of a comparison."""
+    runs = {line.run: {seed: read_measured(line.folder(out, seed)) for seed in measured(line, out, study)}
+            for line in study.lines}
+    runs = {name: found for name, found in runs.items() if found}
+    base = runs.get("baseline", {})
+    found = {name: summary(own, {} if name == "baseline" else base) for name, own in runs.items()}
+    content = {"data": _data_name(study.data), "rows": found,
+               "runs": {name: {seed: run.scores for seed, run in own.items()} for name, own in runs.items()}}
+    names = {line.run: line.setting for line in study.lines}
+    write_atomic(out / "statistics.json", lambda path: path.write_text(json.dumps(content, indent=1)))
+    write_atomic(out / "statistics.md", lambda path: path.write_text(statistics_table(names, found, title(study))))
+    if found:
+        write_atomic(out / "statistics.png", partial(draw_seeds, names, runs))
 
 
 def _row(line: Line, found: dict[int, Scores]) -> dict:
@@ -308,8 +376,8 @@ def _data_name(data: DataConfig) -> str:
 
 def markdown(study: Study, rows: list[dict]) -> str:
     """All that is known of each line."""
-    datasets = ["M3", "AVSS"] if study.name == "table-2" else ["M3"]
-    gains = study.name == "table-2"
+    datasets = ["M3"] if study.name == "figure-5" else ["M3", "AVSS"]
+    gains = study.name != "figure-5"
     head = ["block", "setting", "run", *(f"paper {data}: J&F / J / F" for data in datasets),
             *(f"measured {key}" for key in SCORES),
             *([f"gain in paper, {_comparable(study.data)}", "gain measured"] if gains else []), "seeds", "note"]
@@ -325,7 +393,7 @@ def markdown(study: Study, rows: list[dict]) -> str:
 
 def terminal_table(study: Study, rows: list[dict]) -> Group:
     """J&F of each line, narrow enough for a terminal."""
-    data, gains = _comparable(study.data), study.name == "table-2"
+    data, gains = _comparable(study.data), study.name != "figure-5"
     data = data if gains else "M3"
     table = Table("J&F", box=SIMPLE_HEAD)
     for column in (f"paper {data}", "measured", *(("gain, paper", "gain") if gains else ()), "seeds"):

@@ -7,12 +7,12 @@ import pytest
 import torch
 import yaml
 
-from icf.cli import ablations, main, preset_file, presets
+from icf.cli import ablations, main, numbers, preset_file, presets
 from icf.config import Config, build_config, config_parser
 from icf.engine.results import SCORES
 from icf.objective.objective import ICFObjective
 from icf.studies import ablate as module
-from icf.studies.ablate import ablate, figure_5, table_2
+from icf.studies.ablate import ablate, comparison, figure_5, table_2
 from icf.studies.paper import FIGURE_5, TABLE_2
 
 BASE = {
@@ -84,7 +84,10 @@ def test_an_ablation_has_the_loss_terms_that_are_left(name):
 
 
 def test_ablations_differ_from_the_full_method_in_the_objective_alone():
+    """But for the one that is about the sounds of the training clips."""
     configs = {name: configure(name, captions="captions.json") for name in ablations()}
+    negatives = configs.pop("icf_negatives")
+    assert replace(negatives, data=configs["icf"].data) == configs["icf"] and negatives.data.negatives > 0
     objectives = {name: json.dumps(cfg.to_dict()["objective"]) for name, cfg in configs.items()}
     assert len({*objectives.values()}) == len(objectives)
     assert all(replace(cfg, objective=configs["icf"].objective) == configs["icf"] for cfg in configs.values())
@@ -255,3 +258,35 @@ def test_rows_are_trained_once_resumed_and_disturbed(tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit):
         main([*args, "--rows", "icf", "--train.lr", "0.5"])
     assert "is a run of other settings: train.lr is 0.0001 there and 0.5 here" in capsys.readouterr().err
+
+
+def test_a_comparison_has_the_components_and_the_method_with_negatives():
+    study = comparison(configure)
+    assert [line.run for line in study.lines] == [
+        "baseline", "mit", "cdcl", "mit_sc", "mit_cdcl", "icf", "icf_negatives"]
+    assert study.configs["icf_negatives"].data.negatives > 0 == study.configs["icf"].data.negatives
+
+
+def test_runs_beside_one_another_are_those_in_turn_and_a_failure_is_named(tmp_path):
+    """Two rows at a time; one whose folder is a file fails, and the other is done. The same command goes on with it."""
+    study = comparison(lambda name: configure(name, root=str(tmp_path / "toy")), ["baseline", "mit"])
+    (tmp_path / "mit-0").write_text("in the way")
+    with pytest.raises(ValueError, match="1 of 2 runs failed: mit-0"):
+        ablate(study, [0], tmp_path, "cpu", jobs=2)
+    assert (tmp_path / "baseline-0/results.json").is_file() and (tmp_path / "mit-0.log").is_file()
+    (tmp_path / "mit-0").unlink()
+    rows = ablate(study, [0], tmp_path, "cpu", jobs=2)
+    assert [row["measured"]["seeds"] for row in rows] == [[0], [0]]
+    assert json.loads((tmp_path / "statistics.json").read_text())["rows"].keys() == {"baseline", "mit"}
+    assert (tmp_path / "statistics.md").is_file() and (tmp_path / "statistics.png").is_file()
+
+
+@pytest.mark.parametrize("words, found", [(["0-2"], [0, 1, 2]), (["3", "1-2", "2"], [3, 1, 2]), (["7-7"], [7])])
+def test_seeds_are_numbers_and_ranges(words, found):
+    assert numbers("--seeds", words) == found
+
+
+@pytest.mark.parametrize("word", ["2-1", "-1", "a", "1-", "1.5"])
+def test_other_seeds_are_refused(word):
+    with pytest.raises(ValueError, match="--seeds: expected numbers and ranges"):
+        numbers("--seeds", [word])
