@@ -35,7 +35,7 @@ USAGE = """usage: icf COMMAND ...
   data toy FOLDER      write the toy benchmark
   data compose FOLDER  compose a benchmark of public pictures with masks and public sounds
   data check ROOT      validate a data set, file by file
-  data import ROOT V   add a video, and masks of it, to own labelled clips
+  data import ROOT V.. add videos, and masks of them, to own labelled clips
   profile [PRESET]     trace a training step: time of its parts and operators, and a Chrome trace
   bench run            measure everything that can run here
   bench report         tables and pictures of saved measurements
@@ -208,8 +208,9 @@ def predict(args: list[str]) -> None:
         return [config_of(options.weights)]
 
     options, cfg = parse(own, args, base, several=True)
+    from icf.data.folder import find_sources
     from icf.engine.checkpoint import read_notes
-    from icf.engine.predict import find_sources, output_folders
+    from icf.engine.predict import output_folders
     from icf.engine.predict import predict as run
     from icf.engine.summary import started
     device = pick_device(options.device)
@@ -352,18 +353,25 @@ def data_check(args: list[str]) -> None:
 
 
 def data_import(args: list[str]) -> None:
-    own = argparse.ArgumentParser(prog="icf data import", description="Add a video to the own clips below ROOT, for "
+    own = argparse.ArgumentParser(prog="icf data import", description="Add videos to the own clips below ROOT, for "
                                   "data.subset=folder: one picture a second, the sound, and masks if there are any.")
     own.add_argument("root", type=user_path)
-    own.add_argument("video", type=user_path)
+    own.add_argument("videos", nargs="+", metavar="VIDEO", help="files, folders of videos, or patterns")
     own.add_argument("--split", choices=("train", "val", "test"), required=True)
-    own.add_argument("--labels", type=user_path, help="folder of masks, PNG files named by their second")
+    own.add_argument("--labels", type=user_path, help="folder of masks, PNG files named by their second; of several "
+                     "videos, a folder of such folders, named as the videos without their endings")
     own.add_argument("--name", help="of the clip (default: of the file)")
     own.add_argument("--category", default="", help="what sounds")
     own.add_argument("--silent-ok", action="store_true", help="accept a video without sound")
     own.add_argument("--strict", action="store_true", help="refuse a damaged video")
-    from icf.data.folder import import_clip
-    import_clip(**vars(own.parse_args(args)))
+    options = vars(own.parse_args(args))
+    from icf.data.folder import find_sources, import_clips
+    options["videos"] = find_sources([os.path.expanduser(video) for video in options["videos"]])
+    _, failed = import_clips(**options)
+    root, subset = options["root"], "--subset folder"
+    print(f"next: icf data check {root} {subset} --deep\n      icf train own --data.root {root}")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(options['videos'])} videos failed:\n  " + "\n  ".join(failed))
 
 
 DATA = {"toy": data_toy, "compose": data_compose, "check": data_check, "import": data_import}

@@ -24,7 +24,7 @@ RUNNERS = ("icf.engine.train.train", "icf.engine.evaluate.evaluate", "icf.engine
            "icf.studies.ablate.ablate", "icf.studies.ablate.table_2", "icf.studies.ablate.figure_5",
            "icf.studies.bench.report", "icf.studies.bench.run", "icf.studies.compare.compare",
            "icf.studies.profile.profile", "icf.studies.profile.emit_nvtx", "icf.data.check.check",
-           "icf.data.folder.import_clip", "icf.data.toy.generate", "icf.data.compose.generate", "icf.data.compose.show",
+           "icf.data.toy.generate", "icf.data.compose.generate", "icf.data.compose.show",
            "icf_kernels.info.report", "icf.cli.load")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -91,6 +91,7 @@ def test_commands_are_understood(args, monkeypatch):
     """They are parsed as ever; what they would do is left out."""
     for runner in RUNNERS:
         monkeypatch.setattr(runner, MagicMock())
+    monkeypatch.setattr("icf.data.folder.import_clips", lambda root, videos, **_: ([], []))
     monkeypatch.setattr(cli, "config_of", lambda source: cli.preset_file("toy-ms3"))
     try:
         cli.main(args)

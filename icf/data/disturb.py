@@ -124,7 +124,8 @@ class Disturbed(torch.utils.data.Dataset):
         visible = getattr(self.dataset, "visible_classes", lambda: classes)()
         if not any(classes):
             warnings.warn(f"offscreen: the classes of {self.dataset.subset}'s clips are not known, so any other clip's "
-                          "sound is taken; the AVSS metadata beside the data would tell them", stacklevel=3)
+                          "sound is taken; the column category of clips.csv, or the AVSS metadata beside AVSBench's "
+                          "other subsets, would tell them", stacklevel=3)
             classes = visible = [frozenset()] * len(self.dataset)
         names = sorted(frozenset().union(*classes))
         table = np.array([[name in own for name in names] for own in classes], dtype=np.int32).reshape(len(classes), -1)

@@ -20,9 +20,10 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from glob import glob, has_magic
 from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,6 +55,8 @@ MOMENT = Fraction(15, 16)  # of its second at which a frame is taken, as in AVSB
 SLOWEST, FASTEST = Fraction(1, 60), 1000  # pictures a second
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".m4a")
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m4v", ".mpg", ".mpeg", ".mts", ".m2ts", ".flv", ".wmv",
+          ".3gp", ".ogv", ".gif")
 LABEL_FOLDERS = ("labels", "masks")
 LABELS = (".png", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 LABEL_FORMATS = ("PNG", "BMP", "TIFF", "GIF", "WEBP")
@@ -106,6 +109,21 @@ def open_frames(folder: Path, silent_ok: bool = False) -> FrameFolder:
         raise ValueError(f"{folder}: expected one sound file ({', '.join(SOUNDS)}), found {found}")
     height, width = read_picture(pictures[0]).shape[:2]
     return FrameFolder(folder, tuple(pictures), width, height, sounds[0] if sounds else None)
+
+
+def find_sources(given: Sequence[str]) -> list[Path]:
+    """Videos and folders of pictures that arguments of the command line name: files and folders as they are, a folder
+    of videos as these, a pattern as what it matches. Raises ValueError for a pattern that matches nothing."""
+    found: list[Path] = []
+    for name in given:
+        path = Path(name)
+        videos = [] if not path.is_dir() or (path / "frames").is_dir() or list_files(path, PICTURES) else list_files(
+            path, VIDEOS)
+        matches = [] if path.exists() else sorted(Path(match) for match in glob(name, recursive=True))
+        found += videos or matches or [path]
+        if has_magic(name) and not path.exists() and not matches:
+            raise ValueError(f"{name}: no such file, and nothing matches")
+    return list(dict.fromkeys(found))
 
 
 def list_files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
@@ -252,6 +270,40 @@ def _first(masks: tuple[Path | None, ...]) -> tuple[Path | None, ...]:
     """The masks without those that follow the first."""
     first = next((place for place, path in enumerate(masks) if path is not None), 0)
     return tuple(path if place == first else None for place, path in enumerate(masks))
+
+
+def import_clips(root: Path, videos: Sequence[Path], split: str, labels: Path | None = None, name: str | None = None,
+                 category: str = "", silent_ok: bool = False, strict: bool = False) -> tuple[list[Record], list[str]]:
+    """Add videos to the own clips below `root`, as `import_clip` does each; of several, `labels` holds a folder of
+    masks for each that has any, named as its clip. Says what it wrote of each.
+
+    Returns:
+        The clips, and what was wrong with the videos of several that could not be imported.
+
+    Raises:
+        ValueError: as `import_clip` where there is one video, or `name` is given to several.
+    """
+    several = len(videos) > 1
+    if several and name is not None:
+        raise ValueError(f"name: expected none for {len(videos)} videos, which are named as their files, got {name!r}")
+    records, failed = [], []
+    for video in videos:
+        own = labels
+        if several and labels is not None:
+            own = labels / Path(video).stem if (labels / Path(video).stem).is_dir() else None
+        try:
+            record = import_clip(root, video, split, own, name, category, silent_ok, strict)
+        except ValueError as error:
+            if not several:
+                raise
+            failed.append(str(error))
+            continue
+        records.append(record)
+        with open_picture(record.frames[0]) as image:
+            size = "x".join(map(str, image.size))
+        labelled = sum(mask is not None for mask in record.masks)
+        print(f"{root / record.name}: {len(record.frames)} s of {split}, as many pictures of {size}, {labelled} labels")
+    return records, failed
 
 
 def import_clip(root: Path, video: Path, split: str, labels: Path | None = None, name: str | None = None,

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import glob, has_magic
 from itertools import chain, islice, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +27,7 @@ from icf.config import Config
 from icf.data import Clip, collate
 from icf.data.audio import RATE, log_mel_examples
 from icf.data.avsbench import class_palette, find_root, read_classes
-from icf.data.folder import PICTURES, FrameFolder, list_files, open_frames
+from icf.data.folder import FrameFolder, open_frames
 from icf.data.transforms import resize_frame
 from icf.data.video import Video, open_video, read_sound, write_sound, write_video
 from icf.engine.masks import class_map
@@ -37,8 +36,6 @@ from icf.ops import use_backend
 RECORD = "predictions.json"
 OUTPUTS = ("masks", "overlay.mp4", "contact_sheet.png", RECORD)  # the record last: it marks a finished prediction
 UNFINISHED = "unfinished"  # folder of what a prediction that failed had found out by then
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m4v", ".mpg", ".mpeg", ".mts", ".m2ts", ".flv", ".wmv",
-          ".3gp", ".ogv", ".gif")
 FOREGROUND = (230, 40, 60)  # RGB of a binary mask in the overlay
 
 
@@ -138,21 +135,6 @@ def predict(
         print(f"{source}: {in_words(record)}; {len(rows) / (perf_counter() - began):.1f} s of video a second\n"
               f"  {out}: {', '.join(OUTPUTS)}")
     return record
-
-
-def find_sources(given: Sequence[str]) -> list[Path]:
-    """Videos and folders of pictures that arguments of the command line name: files and folders as they are, a folder
-    of videos as these, a pattern as what it matches. Raises ValueError for a pattern that matches nothing."""
-    found: list[Path] = []
-    for name in given:
-        path = Path(name)
-        videos = [] if not path.is_dir() or (path / "frames").is_dir() or list_files(path, PICTURES) else list_files(
-            path, VIDEOS)
-        matches = [] if path.exists() else sorted(Path(match) for match in glob(name, recursive=True))
-        found += videos or matches or [path]
-        if has_magic(name) and not path.exists() and not matches:
-            raise ValueError(f"{name}: no such file, and nothing matches")
-    return list(dict.fromkeys(found))
 
 
 def output_folders(sources: Sequence[Path], out: Path | None) -> list[Path]:

@@ -189,12 +189,13 @@ def check_data(cfg: Config, *splits: Dataset) -> None:
     classes = cfg.model.classes
     for data in splits:
         if not len(data):
+            how = "; clips.csv says which split a clip is of" if cfg.data.subset == "folder" else ""
             raise ValueError(f"data: the {data.split} split of {data.root} has no clips; training needs clips of each "
-                             "split: train, val and test")
+                             f"split: train, val and test{how}")
         if len(data.classes) != (0 if classes == 1 else classes):
             names = f"{len(data.classes)}: {', '.join(data.classes[:5])}, .." if data.classes else "1, a foreground"
             raise ValueError(f"model.classes: expected that of the {data.split} split of {data.root} ({names}), got "
-                             f"{classes}")
+                             f"{classes}; --model.classes {len(data.classes) or 1}")
     if cfg.data.subset == "folder":
         errors = [finding for finding in check(cfg.data.root, "folder", progress=False).findings
                   if finding.level == "error"]

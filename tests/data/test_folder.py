@@ -11,7 +11,7 @@ from PIL import Image
 from icf.config import DataConfig
 from icf.data import build_dataset, collate
 from icf.data.audio import log_mel_examples
-from icf.data.folder import import_clip, open_frames
+from icf.data.folder import import_clip, import_clips, open_frames
 from icf.data.video import write_video
 
 RATE = 16000
@@ -268,3 +268,20 @@ def test_labels_that_lose_values_and_other_files_among_them_are_refused(tmp_path
     (tmp_path / "a/masks").mkdir()
     with pytest.raises(ValueError, match="expected one folder of labels, got labels and masks"):
         dataset(tmp_path)
+
+
+def test_several_videos_are_imported_at_once_and_say_what_they_became(tmp_path, capsys):
+    """Labels by the name of the video; one that cannot be read does not stop the others."""
+    for number in range(2):
+        write_video(tmp_path / f"{number}.mp4", ((Fraction(i), np.full((SIZE, SIZE, 3), 50 * i, np.uint8))
+                                                 for i in range(3)), Fraction(1), Fraction(1, 1000))
+    (tmp_path / "bad.mp4").write_text("no video")
+    (tmp_path / "masks/1").mkdir(parents=True)
+    Image.fromarray(half(255)).save(tmp_path / "masks/1/2.png")
+    videos = [tmp_path / name for name in ("0.mp4", "bad.mp4", "1.mp4")]
+    records, failed = import_clips(tmp_path / "own", videos, "train", tmp_path / "masks", silent_ok=True)
+    assert [record.name for record in records] == ["0", "1"] and len(failed) == 1 and "bad.mp4" in failed[0]
+    assert [sum(mask is not None for mask in record.masks) for record in records] == [0, 1]
+    assert f"{tmp_path / 'own/1'}: 3 s of train, as many pictures of {SIZE}x{SIZE}, 1 labels" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="name: expected none for 3 videos"):
+        import_clips(tmp_path / "own", videos, "train", name="x")

@@ -15,8 +15,9 @@ from torch import nn
 from icf.config import Config
 from icf.data.audio import SILENCE
 from icf.data.avsbench import class_palette
+from icf.data.folder import find_sources
 from icf.data.video import open_video, read_sound, write_video
-from icf.engine.predict import FOREGROUND, find_sources, in_words, output_folders, predict
+from icf.engine.predict import FOREGROUND, in_words, output_folders, predict
 
 RATE = 16000
 
