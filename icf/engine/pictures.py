@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from icf.data import Clip, collate
+from icf.data.audio import RATE
 from icf.data.avsbench import class_palette
 from icf.engine.masks import foreground
 from icf.engine.predictors import Predictor
@@ -37,6 +38,7 @@ class Sample:
         truth: [T,H,W] uint8, 0/1 or class index, 255 ignored; meaningful where `labelled` [T].
         prediction: [T,H,W] uint8, 0/1 or class index.
         rank: `worst` or `best`.
+        sound: [n] at 16 kHz, what was heard, as far as the clip goes; None where the data has log-mels alone.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Sample:
     f: float | None
     rank: str
     groups: Sequence[str] = ()
+    sound: Tensor | None = None
 
     @property
     def caption(self) -> str:
@@ -60,17 +63,21 @@ def samples(predict: Predictor, dataset: Dataset, results: dict, threshold: floa
     rows = results["clips"]
     order = sorted((i for i, row in enumerate(rows) if row["J"] is not None), key=lambda i: (rows[i]["J"], i))
     worst, best = order[:PICTURED[0]], order[PICTURED[0]:][-PICTURED[1]:][::-1]
-    return [sample(predict, dataset[i], rows[i], rank, bool(dataset.classes), threshold)
+    audible = getattr(getattr(dataset, "data", None), "audio_source", "wav") == "wav"
+    return [sample(predict, dataset[i], rows[i], rank, bool(dataset.classes), threshold,
+                   dataset.waveform(i)[0] if audible else None)
             for rank, places in (("worst", worst), ("best", best)) for i in places]
 
 
-def sample(predict: Predictor, clip: Clip, row: dict, rank: str, semantic: bool, threshold: float) -> Sample:
+def sample(predict: Predictor, clip: Clip, row: dict, rank: str, semantic: bool, threshold: float,
+           sound: Tensor | None = None) -> Sample:
     """A clip's real frames, its prediction and its scores."""
     masks = predict(collate([clip])).masks[0].cpu()                                           # [T,H,W]
     masks = masks if semantic else foreground(masks, threshold)
     real = clip.frame_mask
     return Sample(clip.name, clip.frames[real], clip.log_mel[real], clip.masks[real], clip.label_mask[real],
-                  masks[real].to(torch.uint8), row["J"], row["F"], rank, row["groups"])
+                  masks[real].to(torch.uint8), row["J"], row["F"], rank, row["groups"],
+                  None if sound is None else sound[:RATE * int(real.sum())])
 
 
 def overlay(frame: Tensor | np.ndarray, mask: Tensor | np.ndarray, color: Sequence, alpha: float = 0.5,

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -30,22 +31,67 @@ def write_report(out: Path, results: dict, samples: Sequence[Sample], classes: S
     if samples:
         sheet = contact_sheet(samples, classes)
         write_atomic(out / "overlays.jpg", partial(sheet.save, format="JPEG", quality=90))
-    html = page(results, samples, classes, plot)
+    html = page(results, samples, classes, plot, out.resolve().name)
     write_atomic(out / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
     return out / "report.html"
 
 
-def page(results: dict, samples: Sequence[Sample], classes: Sequence[str] = (), plot: bytes | None = None) -> str:
-    """The text of `report.html`."""
+def page(results: dict, samples: Sequence[Sample], classes: Sequence[str] = (), plot: bytes | None = None,
+         run: str = "") -> str:
+    """The text of `report.html`; run: name of the folder."""
     settings = {**results["counts"], **results["settings"]}
     return render(
-        "report.html", results=results, modes=modes_named(results["default_modes"]), cards=_cards(results),
-        scores=score_sections(results),
+        "report.html", results=results, facts=_facts(results, run), glossary=glossary(results),
+        modes=modes_named(results["default_modes"]), cards=_cards(results), scores=score_sections(results),
         groups=group_table(results), negatives=negative_table(results), plot=plot, classes=classes,
         class_keys=[key for key in results["classes"][0] if key != "class"] if results["classes"] else [],
         class_rows=_class_rows(results["classes"]), legend=legend(samples, classes),
         samples=[(sample, strips(sample, classes)) for sample in samples],
         settings=[(key, _text(value)) for key, value in settings.items()])
+
+
+GLOSSARY = {
+    "J": "Intersection over union of the predicted and the labelled pixels of a frame, averaged over frames; with "
+         "classes, of a frame and class. 1 is perfect.",
+    "F": "Harmonic mean of precision and recall, with precision weighing more (beta^2 = 0.3), at the best threshold of "
+         "a group of frames. The larger the group, the lower the number.",
+    "J&F": "The mean of J and F. The weights of the best one on the validation split are kept.",
+    "FDR": "False detection rate: share of the predicted pixels that are wrong.",
+    "FPR": "False positives: share of the pixels that are predicted where nothing in the picture sounds. 0 is perfect.",
+    "empty frames": "Share of such frames without any predicted pixel. 1 is perfect.",
+    "background, strict, skip": "What J of a frame without a labelled pixel is worth: its share of pixels predicted as "
+                                "background; 1 if nothing is predicted, else 0; or nothing, it is left out.",
+    "per_video, batch:2, batch:4, dataset": "The group of frames that F takes one threshold for: a clip, two or four "
+                                            "clips in file order, all. Published code differs in it.",
+    "zero, skip (of groups)": "What F of a group without any labelled pixel is worth: 0, or nothing, it is left out.",
+    "aligned, conflicting": "Clips whose most salient object is, or is not, one that sounds. A model that goes by the "
+                            "picture alone fails on the conflicting ones; the bias gap is the difference.",
+    "oracle": "Who knows a part of the answer and has perfect masks: of the most salient object (salience), of what is "
+              "heard (audio), of all that could sound.",
+    "silence, noise, offscreen, shuffled": "Sounds put in place of the clip's own: none; white noise; that of a clip "
+                                           "with other classes; that of any other clip.",
+    "sensitivity": "What J loses under a sound that was put in place. 0: the sound is ignored.",
+    "combined": "J without forgiveness for empty frames, averaged over the true and the unheard sounds.",
+}
+
+
+def glossary(results: dict) -> dict[str, str]:
+    """The words that a report of these results uses."""
+    unused = set() if results["negatives"] else {"FPR", "empty frames", "sensitivity", "combined",
+                                                 "silence, noise, offscreen, shuffled"}
+    unused |= set() if "gap" in results else {"aligned, conflicting", "oracle"}
+    if results["classes"] and "frames" in results["classes"][0]:
+        unused |= {"background, strict, skip", "per_video, batch:2, batch:4, dataset", "zero, skip (of groups)"}
+    return {word: text for word, text in GLOSSARY.items() if word not in unused}
+
+
+def _facts(results: dict, run: str) -> dict[str, str]:
+    """What this is a report of."""
+    settings = results["settings"]
+    facts = {"run": run, **{name: settings.get(name) for name in ("network", "encoders", "objective", "training seed")},
+             "data": settings.get("root"), "weights": (settings.get("weights_sha256") or "")[:12],
+             "icf": settings.get("icf"), "torch": settings.get("torch"), "written": f"{datetime.now():%Y-%m-%d %H:%M}"}
+    return {name: str(value) for name, value in facts.items() if value not in (None, "")}
 
 
 def _cards(results: dict) -> list[tuple[str, float | None, str]]:

@@ -94,7 +94,17 @@ def describe(cfg: Config, notes: dict) -> dict:
     return {"resolution": cfg.data.size, "threshold": cfg.eval.threshold, "audio_source": cfg.data.audio_source,
             "audio_timing": cfg.data.audio_timing, "resampler": RESAMPLER, "snr_db": cfg.eval.snr_db,
             "frame_mix": cfg.eval.frame_mix, "seed": SEED, "toy": data["toy"], "compose": data["compose"],
-            "root": str(cfg.data.root), "icf": __version__, "torch": torch.__version__, **notes}
+            "root": str(cfg.data.root), "icf": __version__, "torch": torch.__version__,
+            **({} if "masks" in notes else _model(cfg)), **notes}
+
+
+def _model(cfg: Config) -> dict:
+    """What was trained, in words."""
+    objective = cfg.objective
+    parts = [name for name in ("mit", "sc", "cdcl") if getattr(objective, name).enabled]
+    return {"network": cfg.model.network, "encoders": f"{cfg.model.visual.name}, VGGish x {cfg.model.audio.width:g}",
+            "objective": " + ".join(parts).upper() if objective.enabled else "none, the baseline",
+            "training seed": cfg.train.seed}
 
 
 def class_rows(tally: Tally, classes: Sequence[str], categories: dict[int, tuple[str, ...]]) -> list[dict]:

@@ -1,0 +1,67 @@
+"""The report as a browser shows it: nothing sticks out, pictures and sounds are there, on a desk and on a phone."""
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from icf.engine.pictures import Sample
+from icf.engine.report import write_report
+
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+LOOK = """<script>addEventListener('load', async () => {
+  const images = [...document.images], sounds = [...document.querySelectorAll('audio')];
+  for (const image of images) { image.loading = 'eager'; await image.decode().catch(() => 0); }
+  await Promise.all(sounds.map(a => a.readyState || new Promise(done => { a.onloadedmetadata = a.onerror = done; a.load(); })));
+  document.querySelectorAll('details').forEach(d => d.open = true);
+  const root = document.documentElement, cut = [...document.querySelectorAll('.scores td, .cards *')].filter(
+    e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).length;
+  const seen = {width: innerWidth, sticks_out: root.scrollWidth - root.clientWidth, cut,
+    pictures: images.map(i => i.naturalWidth > 0), sounds: sounds.map(a => a.duration),
+    ink: getComputedStyle(document.body).color, value: [...document.querySelectorAll('.scores tr')].map(
+      row => row.children[2].getBoundingClientRect().right)};
+  document.body.innerHTML = '<pre id=seen>' + JSON.stringify(seen) + '</pre>';
+})</script>"""
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium")
+
+
+@pytest.fixture
+def page(make_results, tmp_path):
+    """A report of two clips, one without sound."""
+    def clip(name, sound):
+        masks = torch.zeros(5, 64, 64, dtype=torch.uint8)
+        return Sample(name, torch.randint(0, 255, (5, 3, 64, 64), dtype=torch.uint8), torch.zeros(5, 1, 96, 64), masks,
+                      torch.ones(5, dtype=torch.bool), masks, 0.5, 0.25, "worst", ["conflicting"], sound)
+    tone = torch.from_numpy(0.3 * np.sin(np.arange(5 * 16000) / 20)).float()
+    history = {"steps": [{"step": i, "loss": 1 / i, "lr": 1e-3, "bce": 1 / i, "va": 2.0} for i in range(1, 30)],
+               "evaluations": [{"step": 9, "J": 0.4, "F": 0.5, "J other sound": 0.3}]}
+    write_report(tmp_path, make_results(), [clip("a clip with quite a long name " * 3, tone), clip("mute", None)], (), history)
+    return tmp_path / "report.html"
+
+
+def look(page, width, dark=False):
+    copy = page.with_name("copy.html")
+    copy.write_text(page.read_text().replace("</body>", LOOK + "</body>"))
+    options = ["--blink-settings=preferredColorScheme=" + ("0" if dark else "1")]
+    out = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", *options, f"--window-size={width},900",
+                          "--virtual-time-budget=20000", "--dump-dom", f"file://{copy}"], capture_output=True, text=True,
+                         timeout=120).stdout
+    return json.loads(re.search(r"<pre id=\"seen\">(.*?)</pre>", out, re.S)[1])
+
+
+@pytest.mark.parametrize("width", [1300, 390])
+def test_nothing_sticks_out_and_everything_is_there(page, width):
+    seen = look(page, width)
+    assert seen["width"] == width and seen["sticks_out"] <= 0 and seen["cut"] == 0
+    assert max(seen["value"]) <= width, "the values are on the screen"
+    assert len(seen["pictures"]) == 9 and all(seen["pictures"])
+    assert seen["sounds"] == [pytest.approx(5, abs=0.2)]
+    assert page.stat().st_size < 3e6
+
+
+def test_the_page_is_dark_where_the_reader_wants_it(page):
+    light, dark = (re.findall(r"\d+", look(page, 390, dark)["ink"]) for dark in (False, True))
+    assert sum(map(int, light)) < 200 < 500 < sum(map(int, dark))
