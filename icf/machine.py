@@ -6,8 +6,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 """OpenMP's threads (GNU's, Intel's) sleep while they wait for one another. By default they spin, which takes the
@@ -31,6 +36,18 @@ def processors() -> int:
 def readers(workers: int | None) -> int:
     """Loader processes: `workers`, or for None as many as leave the processes of this machine their processors."""
     return min(4, processors() // (2 * int(os.getenv("LOCAL_WORLD_SIZE", "1")))) if workers is None else workers
+
+
+def ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
+    """`items`, made by a thread up to `depth` of them ahead of their use. What fails there is raised in its place."""
+    source, end, pool = iter(items), object(), ThreadPoolExecutor(1)
+    try:
+        waiting = deque(pool.submit(next, source, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, source, end))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _visible() -> int:

@@ -31,6 +31,7 @@ from icf.data.folder import FrameFolder, open_frames
 from icf.data.transforms import resize_frame
 from icf.data.video import Video, open_video, read_sound, write_sound, write_video
 from icf.engine.masks import class_map
+from icf.machine import ahead
 from icf.ops import use_backend
 
 RECORD = "predictions.json"
@@ -124,7 +125,7 @@ def predict(
             sheet.add(second, mask, found)
             rows.append({"second": second.index, "time": second.time, "mask": name,
                          "area": float((mask > 0).mean()), "classes": found})
-        frames = _painted(material, folder, len(rows), palette)
+        frames = ahead(_painted(material, folder, len(rows), palette), depth=4)
         total = material.duration and material.duration * float(material.frame_rate)
         write_video(folder / "overlay.mp4", bar(frames, "overlay", total), material.frame_rate, material.time_base,
                     sound, aspect=material.aspect)
@@ -180,9 +181,11 @@ def _scores(
     step = cfg.data.frames - overlap
     pending: dict[int, list] = {}  # second -> [Second, sum of scores, number of windows]
     sounds = _sound_windows(material, cfg.data.frames, step)
-    windows = zip(_windows(seconds, cfg.data.frames, step), sounds, strict=False)
+    windows = ((window, _clip(cfg, window, sound))
+               for window, sound in zip(_windows(seconds, cfg.data.frames, step), sounds, strict=False))
+    windows = ahead(windows, depth=batch)
     while group := list(islice(windows, batch)):
-        inputs = collate([_clip(cfg, window, sound) for window, sound in group]).to(device)
+        inputs = collate([clip for _, clip in group]).to(device)
         scores = model(inputs).float()                                        # [B,T,C,h,w]
         if scores.shape[2] == 1:
             scores = scores.sigmoid()
