@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from itertools import chain, islice, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -298,17 +299,27 @@ class Paint:
     """
 
     def __init__(self, mask: np.ndarray, palette: np.ndarray) -> None:
-        labels = torch.from_numpy(mask.astype(np.float32))[None, None]         # [1,1,height,width]
-        reach = max(1, min(mask.shape) // 240)
-        window = {"kernel_size": 2 * reach + 1, "stride": 1, "padding": reach}
-        edge = F.max_pool2d(labels, **window) != -F.max_pool2d(-labels, **window)
-        outline = (edge[0, 0].numpy() & (mask > 0))[..., None]
-        self.shift = np.where(outline, 8, mask[..., None] > 0).astype(np.uint8)  # pixel >> 8 is 0, >> 1 is half of it
-        self.add = np.where(outline, palette[mask], palette[mask] // 2)        # [height,width,3]
+        reach, inside = max(1, min(mask.shape) // 240), mask > 0
+        outline = inside & (_spread(mask, reach, np.maximum) != _spread(mask, reach, np.minimum))
+        bits = np.stack([~inside, inside & ~outline]).astype(np.uint8)[..., None] * np.full(3, 255, np.uint8)
+        self.clear, self.half = bits                                           # [height,width,3], 255 where it is so
+        self.add = np.where(outline[..., None], palette[mask], palette[mask] // 2)
 
     def __call__(self, picture: np.ndarray) -> np.ndarray:
         """A painted copy of [height,width,3] uint8."""
-        return (picture >> self.shift) + self.add
+        painted = picture >> 1  # whole arrays and one number: loops that numpy vectorises
+        painted &= self.half
+        painted |= picture & self.clear
+        painted += self.add
+        return painted
+
+
+def _spread(mask: np.ndarray, reach: int, pick: np.ufunc) -> np.ndarray:
+    """The largest (`np.maximum`) or smallest value within `reach` pixels of each, in the square: [height,width]."""
+    for _ in range(2):  # columns, then rows, as columns of the turned mask
+        padded, height = np.pad(mask, ((reach, reach), (0, 0)), "edge"), len(mask)
+        mask = reduce(pick, (padded[place:place + height] for place in range(2 * reach + 1))).T
+    return mask
 
 
 def _painted(material: Video | FrameFolder, folder: Path, seconds: int, palette: np.ndarray) -> Iterator[tuple]:
