@@ -199,6 +199,8 @@ def predict(args: list[str]) -> None:
     own.add_argument("--threshold", type=float, help="of the probability, for binary masks (default: that of the run)")
     own.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default a GPU if there is one")
     own.add_argument("--overlap", type=int, default=0, metavar="SECONDS", help="overlap of neighbouring windows")
+    own.add_argument("--batch", type=int, default=1, metavar="WINDOWS", help="windows per step (default: %(default)s)")
+    own.add_argument("--amp", choices=("no", "bf16"), default="no", help="mixed precision (default: %(default)s)")
     own.add_argument("--silent-ok", action="store_true", help="treat a video without sound as silent")
     own.add_argument("--strict", action="store_true", help="refuse damaged videos; else what is damaged is left out")
 
@@ -229,7 +231,7 @@ def predict(args: list[str]) -> None:
     for source, out in zip(sources, outs, strict=True):
         try:
             run(model, cfg, source, out, device=device, threshold=options.threshold, silent_ok=options.silent_ok,
-                overlap=options.overlap, classes=classes, strict=options.strict)
+                overlap=options.overlap, batch=options.batch, amp=options.amp, classes=classes, strict=options.strict)
         except ValueError as error:
             if not several:
                 raise

@@ -9,7 +9,7 @@ import torch
 import icf.machine
 from icf.config import Config
 from icf.engine.conditions import build_loader
-from icf.machine import WAIT, _quotas, pick_device, processors, readers
+from icf.machine import WAIT, _quotas, ahead, pick_device, processors, readers
 
 
 def groups(root, own, **files):
@@ -101,3 +101,29 @@ def test_devices_that_are_here_are_taken(monkeypatch):
     assert [pick_device(name) for name in (None, "cpu", "cuda", "cuda:1")] == ["cuda", "cpu", "cuda", "cuda:1"]
     with pytest.raises(ValueError, match="expected one of cpu, cuda:0, cuda:1, .* got 'cuda:2'"):
         pick_device("cuda:2")
+
+
+@pytest.mark.parametrize("depth", [1, 3, 20])
+def test_items_made_ahead_keep_their_order_and_a_failure_its_place(depth):
+    made = []
+
+    def source():
+        for item in range(9):
+            made.append(item)
+            yield item
+        raise ValueError("broken")
+
+    items, got = ahead(source(), depth), []
+    with pytest.raises(ValueError, match="broken"):
+        for item in items:
+            got.append(item)
+            assert len(made) <= len(got) + depth
+    assert got == list(range(9))
+
+
+def test_items_nobody_wants_are_not_made():
+    made = []
+    items = ahead((made.append(item) for item in range(100)), 2)
+    next(items)
+    items.close()
+    assert len(made) <= 4

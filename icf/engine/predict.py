@@ -54,7 +54,8 @@ class Second:
 @torch.inference_mode()
 def predict(
     model: nn.Module, cfg: Config, source: Path, out: Path, *, device: torch.device | str = "cpu",
-    threshold: float | None = None, silent_ok: bool = False, overlap: int = 0, batch: int = 1, progress: bool = True,
+    threshold: float | None = None, silent_ok: bool = False, overlap: int = 0, batch: int = 1, amp: str = "no",
+    progress: bool = True,
     classes: Sequence[str] | None = None, strict: bool = False,
 ) -> dict:
     """Segment `source` second by second and write masks, an overlay video, a contact sheet and a record to `out`.
@@ -78,6 +79,7 @@ def predict(
         silent_ok: take a source without sound track as silent.
         overlap: seconds that neighbouring windows share; their probabilities are averaged.
         batch: windows per step of the model.
+        amp: `bf16` runs the model in mixed precision, which moves a few pixels of the masks; `no` does not.
         progress: show progress bars on stderr, and in the end say where the results are.
         classes: names of the classes from index 0 (background) on, for the record and the contact sheet; None for those
             of the data at `cfg.data.root`, or numbers where that is missing.
@@ -96,6 +98,8 @@ def predict(
         raise ValueError(f"overlap: expected 0 to {window - 1} seconds for windows of {window}, got {overlap}")
     if batch < 1 or not 0 < threshold < 1:
         raise ValueError(f"batch and threshold: expected at least 1 and in 0..1, got {batch} and {threshold}")
+    if amp not in ("no", "bf16"):
+        raise ValueError(f"amp: expected no or bf16, got {amp}")
     source, out = Path(source), Path(out)
     material = open_frames(source, silent_ok) if source.is_dir() else open_video(source, silent_ok, strict)
     if source.resolve() == out.resolve():
@@ -118,7 +122,7 @@ def predict(
             write_sound(sound, material.sound, material.start, strict)
         sheet = ContactSheet(palette, names)
         seconds = _seconds(material, cfg.data.size)
-        scores = _scores(model, cfg, material, seconds, overlap, batch, device)
+        scores = _scores(model, cfg, material, seconds, overlap, batch, device, amp)
         for second, score in bar(scores, "segment", material.duration):
             mask, found = _mask(score, material.height, material.width, threshold, names)
             name = f"masks/{second.index:05d}.png"
@@ -176,7 +180,7 @@ def _seconds(material: Video | FrameFolder, size: int) -> Iterator[Second]:
 
 def _scores(
     model: nn.Module, cfg: Config, material: Video | FrameFolder, seconds: Iterable[Second], overlap: int, batch: int,
-    device: torch.device | str,
+    device: torch.device | str, amp: str,
 ) -> Iterator[tuple[Second, Tensor]]:
     """Every second with its foreground probability [1,h,w] or class scores [C,h,w], averaged over the windows."""
     step = cfg.data.frames - overlap
@@ -187,7 +191,8 @@ def _scores(
     windows = ahead(windows, depth=batch)
     while group := list(islice(windows, batch)):
         inputs = collate([clip for _, clip in group]).to(device)
-        scores = model(inputs).float()                                        # [B,T,C,h,w]
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp == "bf16"):
+            scores = model(inputs).float()                                    # [B,T,C,h,w]
         if scores.shape[2] == 1:
             scores = scores.sigmoid()
         for (window, _), score in zip(group, scores, strict=True):
@@ -301,9 +306,10 @@ class Paint:
     def __init__(self, mask: np.ndarray, palette: np.ndarray) -> None:
         reach, inside = max(1, min(mask.shape) // 240), mask > 0
         outline = inside & (_spread(mask, reach, np.maximum) != _spread(mask, reach, np.minimum))
-        bits = np.stack([~inside, inside & ~outline]).astype(np.uint8)[..., None] * np.full(3, 255, np.uint8)
-        self.clear, self.half = bits                                           # [height,width,3], 255 where it is so
-        self.add = np.where(outline[..., None], palette[mask], palette[mask] // 2)
+        bits = np.stack([~inside, inside & ~outline]) * np.uint8(255)           # [2,height,width], 255 where it is so
+        self.clear, self.half = bits.repeat(3, axis=2).reshape(2, *mask.shape, 3)
+        self.add = np.take(palette, mask, axis=0)                              # [height,width,3]
+        self.add >>= self.half & 1
 
     def __call__(self, picture: np.ndarray) -> np.ndarray:
         """A painted copy of [height,width,3] uint8."""

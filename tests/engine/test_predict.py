@@ -17,7 +17,7 @@ from icf.data.audio import SILENCE
 from icf.data.avsbench import class_palette
 from icf.data.folder import find_sources
 from icf.data.video import open_video, read_sound, write_video
-from icf.engine.predict import FOREGROUND, in_words, output_folders, predict
+from icf.engine.predict import FOREGROUND, Paint, in_words, output_folders, predict
 
 RATE = 16000
 
@@ -161,6 +161,20 @@ def test_the_overlay_shows_every_picture_under_the_mask_of_its_second(tmp_path):
         assert np.abs(painted[far].astype(int) - image[far]).max() < 25
     sounds = [np.concatenate(list(read_sound(video.sound, video.start))) for video in (before, after)]
     assert np.array_equal(*sounds) and len(sounds[0]) == pytest.approx(3.5 * RATE, abs=RATE / 10)
+
+
+@pytest.mark.parametrize("height, reach", [(24, 1), (480, 2)])
+def test_paint_is_solid_on_the_outline_and_half_transparent_inside(height, reach):
+    mask = np.zeros((height, height), np.uint8)
+    mask[8:16, :9], mask[8:16, 9:18] = 1, 2  # two classes side by side, one at the border of the picture
+    palette = np.array([(0, 0, 0), (201, 0, 255), (7, 90, 1)], np.uint8)
+    picture = np.random.default_rng(0).integers(0, 256, (height, height, 3), np.uint8)
+    expected = picture.copy()
+    for colour, left, inner in ((1, 0, slice(0, 9 - reach)), (2, 9, slice(9 + reach, 18 - reach))):
+        expected[8:16, left:left + 9] = palette[colour]
+        place = slice(8 + reach, 16 - reach), inner
+        expected[place] = picture[place] // 2 + palette[colour] // 2
+    assert np.array_equal(Paint(mask, palette)(picture), expected)
 
 
 def test_classes_are_written_as_indices_with_the_palette_of_the_benchmark(tmp_path):
@@ -371,6 +385,18 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, what, reason)
     with pytest.raises(ValueError, match=reason) as refusal:
         predict(Bright(), config(), source, tmp_path / "out", progress=False)
     assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("amp, dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_mixed_precision_reaches_the_model(tmp_path, amp, dtype):
+    class Product(Bright):
+        def forward(self, batch):
+            self.dtype = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+            return super().forward(batch)
+
+    model = Product()
+    predict(model, config(), make_video(tmp_path / "a.mp4", 2), tmp_path / "out", amp=amp, progress=False)
+    assert model.dtype == dtype
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path):
