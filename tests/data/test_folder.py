@@ -329,3 +329,10 @@ def test_several_videos_are_imported_at_once_and_say_what_they_became(tmp_path, 
         import_clips(tmp_path / "own", videos, "train", tmp_path)
     [alone], _ = import_clips(tmp_path / "alone", videos[2:], "train", tmp_path / "masks", silent_ok=True)
     assert sum(mask is not None for mask in alone.masks) == 1
+
+
+def test_a_split_without_clips_is_named_with_those_that_have_some(tmp_path):
+    write_clip(tmp_path, "a", 1)
+    clips_csv(tmp_path, "a, train")
+    with pytest.raises(ValueError, match="names no clip of split 'test'; the column split of its metadata holds train"):
+        dataset(tmp_path, "test")
