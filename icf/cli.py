@@ -360,18 +360,21 @@ def data_import(args: list[str]) -> None:
     own.add_argument("root", type=user_path)
     own.add_argument("videos", nargs="+", metavar="VIDEO", help="files, folders of videos, or patterns")
     own.add_argument("--split", choices=("train", "val", "test"), required=True)
-    own.add_argument("--labels", type=user_path, help="folder of masks, PNG files named by their second; of several "
-                     "videos, a folder of such folders, named as the videos without their endings")
+    own.add_argument("--labels", type=user_path, help="folder of masks named by their second, 0.png say; or a "
+                     "folder of such folders, named as the videos without their endings")
     own.add_argument("--name", help="of the clip (default: of the file)")
     own.add_argument("--category", default="", help="what sounds")
     own.add_argument("--silent-ok", action="store_true", help="accept a video without sound")
     own.add_argument("--strict", action="store_true", help="refuse a damaged video")
     options = vars(own.parse_args(args))
+    from icf.data.avsbench import read_classes
     from icf.data.folder import find_sources, import_clips
     options["videos"] = find_sources([os.path.expanduser(video) for video in options["videos"]])
     _, failed = import_clips(**options)
-    root, subset = options["root"], "--subset folder"
-    print(f"next: icf data check {root} {subset} --deep\n      icf train own --data.root {root}")
+    root = options["root"]
+    classes = read_classes(root) if (root / "label2idx.json").is_file() else []
+    preset, count = ("own-semantic", f" --model.classes {len(classes)}") if classes else ("own", "")
+    print(f"next: icf data check {root} --subset folder --deep\n      icf train {preset} --data.root {root}{count}")
     if failed:
         raise ValueError(f"{len(failed)} of {len(options['videos'])} videos failed:\n  " + "\n  ".join(failed))
 

@@ -336,7 +336,9 @@ class AVSBench(torch.utils.data.Dataset):
         self.root, records, self.classes = self._find()
         self.records = [record for record in records if record.split == split]
         if not self.records:
-            raise ValueError(f"data.root: {self.root} names no clip of split {split!r}")
+            others = ", ".join(sorted({record.split for record in records})) or "nothing"
+            raise ValueError(f"data.root: {self.root} names no clip of split {split!r}; the column split of its "
+                             f"metadata holds {others}")
         self.names = [record.name for record in self.records]
         self.manifest = read_manifest(self.root) if find_manifest(self.root) else NO_MANIFEST
         self._entries = {clip["name"]: known_classes(clip) for clip in self.manifest["clips"] if clip["split"] == split}

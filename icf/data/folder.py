@@ -219,8 +219,13 @@ def _find_labels(folder: Path) -> dict[str, Path]:
     folders = [folder / name for name in LABEL_FOLDERS if (folder / name).is_dir()]
     if len(folders) > 1:
         raise ValueError(f"{folder}: expected one folder of labels, got {' and '.join(path.name for path in folders)}")
+    return _list_labels(folders[0]) if folders else {}
+
+
+def _list_labels(folder: Path) -> dict[str, Path]:
+    """The labels in a folder by their stem. Raises ValueError for a file that is none, or a second one of a stem."""
     labels: dict[str, Path] = {}
-    for path in sorted(folders[0].iterdir()) if folders else []:
+    for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name.lower() in SYSTEM:
             continue
         if path.suffix.lower() not in LABELS:
@@ -274,23 +279,25 @@ def _first(masks: tuple[Path | None, ...]) -> tuple[Path | None, ...]:
 
 def import_clips(root: Path, videos: Sequence[Path], split: str, labels: Path | None = None, name: str | None = None,
                  category: str = "", silent_ok: bool = False, strict: bool = False) -> tuple[list[Record], list[str]]:
-    """Add videos to the own clips below `root`, as `import_clip` does each; of several, `labels` holds a folder of
-    masks for each that has any, named as its clip. Says what it wrote of each.
+    """Add videos to the own clips below `root`, as `import_clip` does each; `labels` holds a folder of masks for each
+    that has any, named as its file, or the masks of a single video. Says what it wrote of each.
 
     Returns:
         The clips, and what was wrong with the videos of several that could not be imported.
 
     Raises:
-        ValueError: as `import_clip` where there is one video, or `name` is given to several.
+        ValueError: as `import_clip` where there is one video, or `name` is given to several, or none has `labels`.
     """
     several = len(videos) > 1
     if several and name is not None:
         raise ValueError(f"name: expected none for {len(videos)} videos, which are named as their files, got {name!r}")
+    labelled = {video: Path(labels) / Path(video).stem for video in videos} if labels is not None else {}
+    labelled = {video: folder for video, folder in labelled.items() if folder.is_dir()}
+    if several and labels is not None and not labelled:
+        raise ValueError(f"labels: expected folders named as the videos, such as {Path(videos[0]).stem}/, in {labels}")
     records, failed = [], []
     for video in videos:
-        own = labels
-        if several and labels is not None:
-            own = labels / Path(video).stem if (labels / Path(video).stem).is_dir() else None
+        own = labelled.get(video, None if several else labels)
         try:
             record = import_clip(root, video, split, own, name, category, silent_ok, strict)
         except ValueError as error:
@@ -301,8 +308,8 @@ def import_clips(root: Path, videos: Sequence[Path], split: str, labels: Path | 
         records.append(record)
         with open_picture(record.frames[0]) as image:
             size = "x".join(map(str, image.size))
-        labelled = sum(mask is not None for mask in record.masks)
-        print(f"{root / record.name}: {len(record.frames)} s of {split}, as many pictures of {size}, {labelled} labels")
+        count = sum(mask is not None for mask in record.masks)
+        print(f"{root / record.name}: {len(record.frames)} s of {split}, as many pictures of {size}, {count} labels")
     return records, failed
 
 
@@ -314,8 +321,9 @@ def import_clip(root: Path, video: Path, split: str, labels: Path | None = None,
         root: made if missing.
         video: any video that FFmpeg reads.
         split: `train`, `val` or `test`.
-        labels: a folder of masks (PNG, of the size of the video's pictures), numbered by the second of the video from
-            0 on; seconds may lack one. `icf predict` writes such folders, which can be corrected by hand.
+        labels: a folder of masks of the size of the video's pictures, named by the second of the video from 0 on, of
+            the formats and values of this module's layout; seconds may lack one. `icf predict` writes such folders,
+            which can be corrected by hand.
         name: of the clip; the stem of the video's file name if not given.
         category: what sounds, if known.
         silent_ok: accept a video without sound.
@@ -325,25 +333,28 @@ def import_clip(root: Path, video: Path, split: str, labels: Path | None = None,
         The record of the clip.
 
     Raises:
-        ValueError: the video cannot be read, the name is taken or no file name, a label has no second, or another
-            size than the pictures.
+        ValueError: the video cannot be read, the name is taken or no file name, a label has no second, another size
+            than the pictures, or values that are not understood.
     """
     root, name = Path(root), name or Path(video).stem
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
-    if Path(name).name != name or (root / name).exists():
+    header, *rows = (read_csv(root / METADATA) if (root / METADATA).is_file() else []) or [["name"]]
+    if "name" not in header:
+        raise ValueError(f"{root / METADATA}: expected a first line with name and split, got {','.join(header)[:60]!r}")
+    listed = {dict(zip(header, row, strict=False)).get("name") for row in rows}
+    if not is_file_name(name) or (root / name).exists() or name in listed:
         raise ValueError(f"name: expected a new file name below {root}, got {name!r}")
+    if Path(video).is_dir():
+        raise ValueError(f"{video}: no videos ({', '.join(VIDEOS)}) in this folder")
     source = open_video(video, silent_ok, strict)
-    found = list_files(Path(labels), (".png",)) if labels else []
-    masks = {int(path.stem): path for path in found if path.stem.isdecimal()}
-    if labels and not masks:
-        raise ValueError(f"labels: expected PNG files named by their second in {labels}")
+    classes = read_classes(root) if (root / "label2idx.json").is_file() else []
+    masks = _masks_by_second(Path(labels)) if labels else {}
     for path in masks.values():
-        with open_picture(path) as image:
-            size = image.size
-        if size != (source.width, source.height):
+        height, width = read_own_label(path, len(classes)).shape
+        if (width, height) != (source.width, source.height):
             raise ValueError(f"{path}: expected {source.width}x{source.height} pixels, as {video} has, got "
-                             f"{size[0]}x{size[1]}")
+                             f"{width}x{height}")
     root.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".partial-", dir=root) as partial:
         clip = Path(partial, name)
@@ -355,7 +366,7 @@ def import_clip(root: Path, video: Path, split: str, labels: Path | None = None,
         if masks and max(masks) >= seconds:
             raise ValueError(f"{masks[max(masks)]}: {video} has {seconds} seconds, numbered from 0")
         for second, path in masks.items():
-            shutil.copyfile(path, clip / "labels" / f"{second}.png")
+            shutil.copyfile(path, clip / "labels" / f"{second}{path.suffix}")
         with soundfile.SoundFile(clip / "audio.wav", "w", RATE, 1, "PCM_16") as file:
             left = RATE * seconds  # as much sound as there are pictures
             for piece in chain(read_sound(source.sound, source.start, strict) if source.sound else (),
@@ -367,6 +378,22 @@ def import_clip(root: Path, video: Path, split: str, labels: Path | None = None,
         os.replace(clip, root / name)
         _append(root / METADATA, {"name": name, "split": split, "fps": "1", "category": category})
     return _record(root / name, name, split, Fraction(1), category)
+
+
+def _masks_by_second(folder: Path) -> dict[int, Path]:
+    """The masks in a folder by the second that their names tell. Raises ValueError for one that tells none."""
+    if not folder.is_dir():
+        raise ValueError(f"labels: no such folder: {folder}")
+    masks: dict[int, Path] = {}
+    for stem, path in _list_labels(folder).items():
+        if not re.fullmatch(r"\d{1,9}", stem, re.ASCII):
+            raise ValueError(f"{path}: expected labels named by their second, such as 0{path.suffix}")
+        if int(stem) in masks:
+            raise ValueError(f"{path}: {masks[int(stem)].name} is a label of the same second")
+        masks[int(stem)] = path
+    if not masks:
+        raise ValueError(f"labels: expected files ({', '.join(LABELS)}) named by their second in {folder}")
+    return masks
 
 
 def _append(path: Path, row: dict[str, str]) -> None:

@@ -174,11 +174,45 @@ def test_videos_with_masks_become_clips(tmp_path):
     assert len(waveform) / RATE == pytest.approx(3, abs=0.1) and 0.1 < waveform.std() < 0.25
 
 
+def test_imported_labels_may_have_every_format_and_the_classes_of_the_root(tmp_path):
+    make_video(tmp_path / "film.mp4")
+    root = tmp_path / "own"
+    for folder in ("own", "masks"):
+        (tmp_path / folder).mkdir()
+    (root / "label2idx.json").write_text(json.dumps({"background": 0, "dog": 1, "cat": 2}))
+    Image.fromarray(np.full((36, 64), 2, np.uint8)).save(tmp_path / "masks/0.bmp")
+    import_clip(root, tmp_path / "film.mp4", "train", tmp_path / "masks")
+    assert (root / "film/labels/0.bmp").read_bytes() == (tmp_path / "masks/0.bmp").read_bytes()
+    assert (dataset(root)[0].masks[0] == 2).all()
+    Image.fromarray(np.full((36, 64), 3, np.uint8)).save(tmp_path / "masks/0.bmp")
+    with pytest.raises(ValueError, match="0.bmp: .*3"):
+        import_clip(root, tmp_path / "film.mp4", "train", tmp_path / "masks", name="wrong")
+    assert not (root / "wrong").exists()
+
+
+def test_a_listed_name_and_a_list_without_names_are_refused(tmp_path):
+    """A second row of a name would make all clips unreadable."""
+    make_video(tmp_path / "film.mp4")
+    (tmp_path / "own").mkdir()
+    for text, reason in (("split, name\ntrain, film\n", "name: expected a new file name"),
+                         ("clip, split\nx, train\n", "clips.csv: expected a first line with name and split")):
+        (tmp_path / "own/clips.csv").write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            import_clip(tmp_path / "own", tmp_path / "film.mp4", "train")
+        assert (tmp_path / "own/clips.csv").read_text() == text
+    with pytest.raises(ValueError, match=r"no videos \(.mp4, .*\) in this folder"):
+        import_clip(tmp_path / "fresh", tmp_path / "own", "train")
+
+
 @pytest.mark.parametrize("options, reason", [
     ({"split": "practice"}, "split: expected one of"), ({"name": "a/b"}, "name: expected a new file name"),
     ({"name": "taken"}, "name: expected a new file name below .*, got 'taken'"),
-    ({"labels": "empty"}, "labels: expected PNG files"), ({"labels": "late"}, "3.png: .*film.mp4 has 3 seconds"),
-    ({"labels": "small"}, "1.png: expected 64x36 pixels, as .*film.mp4 has, got 32x32")])
+    ({"labels": "empty"}, r"labels: expected files \(.png"), ({"labels": "late"}, "3.png: .*film.mp4 has 3 seconds"),
+    ({"labels": "small"}, "1.png: expected 64x36 pixels, as .*film.mp4 has, got 32x32"),
+    ({"labels": "absent"}, "labels: no such folder"), ({"labels": "lossy"}, "1.jpg: no label; expected one of .png"),
+    ({"labels": "unnumbered"}, "shot1.png: expected labels named by their second"),
+    ({"labels": "twice"}, "1.png: 01.png is a label of the same second"),
+    ({"labels": "values"}, "0.png: holds 0, 2, expected 0 and 255")])
 def test_an_import_that_fails_changes_nothing(tmp_path, options, reason):
     make_video(tmp_path / "film.mp4")
     root = tmp_path / "own"
@@ -187,6 +221,12 @@ def test_an_import_that_fails_changes_nothing(tmp_path, options, reason):
     for folder, second, size in (("late", 3, (64, 36)), ("small", 1, (32, 32))):
         (tmp_path / folder).mkdir()
         Image.new("L", size, 255).save(tmp_path / folder / f"{second}.png")
+    for folder, *names in (("lossy", "1.jpg"), ("unnumbered", "0.png", "shot1.png"), ("twice", "1.png", "01.png")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            Image.new("L", (64, 36), 255).save(tmp_path / folder / name)
+    (tmp_path / "values").mkdir()
+    Image.fromarray(np.eye(36, 64, dtype=np.uint8) * 2).save(tmp_path / "values" / "0.png")
     if "labels" in options:
         options = {"labels": tmp_path / options["labels"]}
     with pytest.raises(ValueError, match=reason):
@@ -285,3 +325,14 @@ def test_several_videos_are_imported_at_once_and_say_what_they_became(tmp_path, 
     assert f"{tmp_path / 'own/1'}: 3 s of train, as many pictures of {SIZE}x{SIZE}, 1 labels" in capsys.readouterr().out
     with pytest.raises(ValueError, match="name: expected none for 3 videos"):
         import_clips(tmp_path / "own", videos, "train", name="x")
+    with pytest.raises(ValueError, match="labels: expected folders named as the videos, such as 0/"):
+        import_clips(tmp_path / "own", videos, "train", tmp_path)
+    [alone], _ = import_clips(tmp_path / "alone", videos[2:], "train", tmp_path / "masks", silent_ok=True)
+    assert sum(mask is not None for mask in alone.masks) == 1
+
+
+def test_a_split_without_clips_is_named_with_those_that_have_some(tmp_path):
+    write_clip(tmp_path, "a", 1)
+    clips_csv(tmp_path, "a, train")
+    with pytest.raises(ValueError, match="names no clip of split 'test'; the column split of its metadata holds train"):
+        dataset(tmp_path, "test")
