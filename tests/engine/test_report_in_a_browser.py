@@ -12,7 +12,7 @@ import torch
 from icf.engine.pictures import Sample
 from icf.engine.report import write_report
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LOOK = """<script>addEventListener('load', async () => {
   const soon = promise => Promise.race([promise, new Promise(done => setTimeout(done, 20000))]);
   const images = [...document.images], sounds = [...document.querySelectorAll('audio')];
@@ -42,7 +42,8 @@ def page(make_results, tmp_path):
     tone = torch.from_numpy(0.3 * np.sin(np.arange(5 * 16000) / 20)).float()
     history = {"steps": [{"step": i, "loss": 1 / i, "lr": 1e-3, "bce": 1 / i, "va": 2.0} for i in range(1, 30)],
                "evaluations": [{"step": 9, "J": 0.4, "F": 0.5, "J other sound": 0.3}]}
-    write_report(tmp_path, make_results(), [clip("a clip with quite a long name " * 3, tone), clip("mute", None)], (), history)
+    clips = [clip("a clip with quite a long name " * 3, tone), clip("mute", None)]
+    write_report(tmp_path, make_results(), clips, (), history)
     return tmp_path / "report.html"
 
 
@@ -51,10 +52,9 @@ def look(page, width, dark=False):
     copy.write_text(page.read_text().replace("</body>", LOOK + "</body>"))
     frame = page.with_name("frame.html")  # a window is never narrower than 500 pixels
     frame.write_text(FRAME.format(width=width))
-    options = ["--blink-settings=preferredColorScheme=" + ("0" if dark else "1")]
-    out = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", *options, "--window-size=1400,1000",
-                          "--virtual-time-budget=90000", "--dump-dom", f"file://{frame}"], capture_output=True, text=True,
-                         timeout=120).stdout
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000", "--virtual-time-budget=90000",
+               "--blink-settings=preferredColorScheme=" + ("0" if dark else "1"), "--dump-dom"]
+    out = subprocess.run([BROWSER, *options, f"file://{frame}"], capture_output=True, text=True, timeout=120).stdout
     return json.loads(html.unescape(re.search(r"<title>seen (.*?)</title>", out, re.S)[1]))
 
 
