@@ -22,6 +22,7 @@ RUNNERS = ("icf.engine.train.train", "icf.engine.evaluate.evaluate", "icf.engine
            "icf.engine.predict.predict", "icf.engine.results.scores_folder", "icf.engine.checkpoint.export",
            "icf.engine.checkpoint.read_notes", "icf.engine.summary.started", "icf.engine.summary.scores_in_words",
            "icf.studies.ablate.ablate", "icf.studies.ablate.table_2", "icf.studies.ablate.figure_5",
+           "icf.studies.ablate.comparison",
            "icf.studies.bench.report", "icf.studies.bench.run", "icf.studies.compare.compare",
            "icf.studies.profile.profile", "icf.studies.profile.emit_nvtx", "icf.data.check.check",
            "icf.data.toy.generate", "icf.data.compose.generate", "icf.data.compose.show",
