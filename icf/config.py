@@ -247,7 +247,8 @@ class MITConfig:
     """Multi-granularity implicit text, Eq. 3-5: pseudo-words in prompts, read by frozen text towers, and matched.
 
     A tower is `clip`, `xclip`, `clap`, `laion_clap`, `bert` (any sentence encoder of transformers, all-MiniLM-L6-v2 by
-    default) or `hash` (a small local one, for tests and the toy), with a hub name or a folder of weights after a colon if not the default: `clip:openai/clip-vit-base-patch16`.
+    default) or `hash` (a small local one, for tests and the toy), with a hub name or a folder of weights after a colon
+    if not the default: `clip:openai/clip-vit-base-patch16`.
 
     What is matched are means over the frames of a level and their pixels of the two coarsest maps, projected *(ours)*;
     the gates of Eq. 5 are three-layer MLPs that end in a sigmoid *(ours)*.
