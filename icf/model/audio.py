@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icf.config import AudioConfig
-from icf.data.audio import OFFSET
 from icf.weights import in_short, read_weights
 
 URLS = {"vggish-10086976.pth": "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth",
@@ -139,6 +138,7 @@ class VGGish(SoundEncoder):
 
 STRIDES = (2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)  # of layer1 .. layer14
 CHANNELS = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
+OFFSETS = 0.01, 0.001  # added to mel before the logarithm: by VGGish, which the examples follow, and by YAMNet
 EPSILON = 1e-4  # of its batch norms, which have no scale
 PARTS = {"conv": "conv", "fused": "conv", "dw": "dw", "depthwise_conv": "dw", "pw": "pw", "pointwise_conv": "pw"}
 KINDS = {"depthwise_kernel": "kernel", "depthwise_weights": "kernel", "weights": "kernel",
@@ -165,8 +165,6 @@ class YAMNet(SoundEncoder):
         FileNotFoundError, ConnectionError: weights that are missing, or cannot be fetched.
     """
 
-    OFFSET = 0.001
-
     def __init__(self, weights: str, width: float = 1.0, train: bool = False):
         super().__init__(train)
         channels = [max(1, round(width * c)) for c in CHANNELS]
@@ -191,7 +189,7 @@ class YAMNet(SoundEncoder):
 
     def embed(self, log_mel: Tensor) -> Tensor:
         """log_mel: [N,1,96,64] by VGGish's front end -> [N,1024], not negative."""
-        x = torch.log((log_mel.float().exp() - OFFSET).clamp(min=0) + self.OFFSET)
+        x = rebase(log_mel)
         for layer in self.net.values():
             for conv in layer.values():
                 x = F.relu(conv(_same(x, conv)))
@@ -206,6 +204,12 @@ class YAMNet(SoundEncoder):
         except (RuntimeError, KeyError, TypeError) as error:
             raise ValueError(f"model.audio.weights: {weights} holds another network than YAMNet ({in_short(error)})"
                              ) from error
+
+
+def rebase(log_mel: Tensor) -> Tensor:
+    """Log-mel examples of VGGish's front end as YAMNet's, float32; the two differ in their offset alone."""
+    vggish, yamnet = OFFSETS
+    return torch.log((log_mel.float().exp() - vggish).clamp(min=0) + yamnet)
 
 
 def _read(weights: str, published: str) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import resnet50
 
-from icf.model.audio import VGGish, YAMNet
+from icf.data.audio import log_mel_spectrogram
+from icf.model.audio import VGGish, YAMNet, rebase
 from icf.model.visual import VisualEncoder
 
 
@@ -243,3 +244,11 @@ def test_kept_features_have_a_bound(monkeypatch):
     monkeypatch.setattr("icf.model.audio.KEPT", 3 * 128 * 4)
     encoder(torch.randn(6, 1, 96, 64))
     assert len(encoder.kept.rows) == 3
+
+
+@pytest.mark.parametrize("loudness", [0.0, 1e-3, 0.1, 1.0])
+def test_yamnet_hears_by_its_own_front_end(loudness, monkeypatch):
+    sound = loudness * torch.randn(16000).clamp(-1, 1)
+    vggish = log_mel_spectrogram(sound)
+    monkeypatch.setattr("icf.data.audio.OFFSET", 0.001)
+    torch.testing.assert_close(rebase(vggish), log_mel_spectrogram(sound), rtol=0, atol=1e-4)

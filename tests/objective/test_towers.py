@@ -451,7 +451,7 @@ def one_line(caught, *words):
 
 
 @pytest.mark.parametrize(("kind", "weights", "error", "words"), [
-    ("gpt", "default", ValueError, ["clip, xclip, clap, laion_clap, hash", "'bert'"]),
+    ("gpt", "default", ValueError, ["clip, xclip, clap, laion_clap, bert, hash", "'gpt'"]),
     ("hash", "x", ValueError, ["a seed"]),
     ("clip", "{empty}", FileNotFoundError, ["no config.json"]),
     ("clip", "/no/such/folder", FileNotFoundError, ["there is no folder '/no/such/folder'"]),
