@@ -132,8 +132,6 @@ class AudioConfig:
     """The sound encoder.
 
     Args:
-        name: `vggish` *(paper)*, or `yamnet` *(ours)*, whose features a LayerNorm and a linear layer, both learned,
-            bring to VGGish's width: 3 instead of 72 million weights, a hundredth of the work.
         weights: a local `vggish-10086976.pth`, `download` (torch.hub, needs a network once), or `none`; of YAMNet
             torch_audioset's `yamnet.pth`, or a `.safetensors` or `.npz` of its arrays. Its features pass a LayerNorm
             before the decoder hears them, and before they are matched to text *(ours; without it a network trained from
@@ -142,13 +140,15 @@ class AudioConfig:
         train: train it; otherwise it stays frozen *(COMBO)*.
         standardise: its features in standard deviations from their running means, before that LayerNorm *(ours; those
             of a random network are alike for all sounds, and some networks that start from nothing never listen)*.
+        name: `vggish` *(paper)*, or `yamnet` *(ours)*, whose features a LayerNorm and a linear layer, both learned,
+            bring to VGGish's width: 3 instead of 72 million weights, a hundredth of the work.
     """
 
-    name: Literal["vggish", "yamnet"] = "vggish"
     weights: str = "download"
     width: float = 1.0
     train: bool = False
     standardise: bool = False
+    name: Literal["vggish", "yamnet"] = "vggish"
 
 
 @dataclass
