@@ -129,22 +129,26 @@ class VisualConfig:
 
 @dataclass
 class AudioConfig:
-    """The sound encoder, VGGish.
+    """The sound encoder.
 
     Args:
-        weights: a local `vggish-10086976.pth`, `download` (torch.hub, needs a network once), or `none`. Its features
-            pass a LayerNorm before the decoder hears them, and before they are matched to text *(ours; without it a
-            network trained from nothing goes deaf)*.
-        width: multiplies the channels of every layer but the last; 1 is the published network.
+        weights: a local `vggish-10086976.pth`, `download` (torch.hub, needs a network once), or `none`; of YAMNet
+            torch_audioset's `yamnet.pth`, or a `.safetensors` or `.npz` of its arrays. Its features pass a LayerNorm
+            before the decoder hears them, and before they are matched to text *(ours; without it a network trained from
+            nothing goes deaf)*.
+        width: multiplies the channels of every layer but VGGish's last; 1 is the published network.
         train: train it; otherwise it stays frozen *(COMBO)*.
         standardise: its features in standard deviations from their running means, before that LayerNorm *(ours; those
             of a random network are alike for all sounds, and some networks that start from nothing never listen)*.
+        name: `vggish` *(paper)*, or `yamnet` *(ours)*, whose features a LayerNorm and a linear layer, both learned,
+            bring to VGGish's width: 3 instead of 72 million weights, a hundredth of the work.
     """
 
     weights: str = "download"
     width: float = 1.0
     train: bool = False
     standardise: bool = False
+    name: Literal["vggish", "yamnet"] = "vggish"
 
 
 @dataclass
@@ -242,8 +246,9 @@ class ModelConfig:
 class MITConfig:
     """Multi-granularity implicit text, Eq. 3-5: pseudo-words in prompts, read by frozen text towers, and matched.
 
-    A tower is `clip`, `xclip`, `clap`, `laion_clap` or `hash` (a small local one, for tests and the toy), with a hub
-    name or a folder of weights after a colon if not the default: `clip:openai/clip-vit-base-patch16`.
+    A tower is `clip`, `xclip`, `clap`, `laion_clap`, `bert` (any sentence encoder of transformers, all-MiniLM-L6-v2 by
+    default) or `hash` (a small local one, for tests and the toy), with a hub name or a folder of weights after a colon
+    if not the default: `clip:openai/clip-vit-base-patch16`.
 
     What is matched are means over the frames of a level and their pixels of the two coarsest maps, projected *(ours)*;
     the gates of Eq. 5 are three-layer MLPs that end in a sigmoid *(ours)*.

@@ -5,6 +5,7 @@ import argparse
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,7 +16,7 @@ SHORT = 400  # characters
 
 
 def read_weights(key: str, path: str) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or torch file by name. `key`: the configuration key that an error names.
+    """The tensors of a `.safetensors`, `.npz` or torch file by name. `key`: the configuration key that an error names.
 
     Raises:
         FileNotFoundError: no such file.
@@ -27,7 +28,7 @@ def read_weights(key: str, path: str) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{key}: there is no file {str(path)!r}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # settings of a training run, without code in them
-            state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+            state = READERS.get(Path(path).suffix, _load_torch)(path)
     except Exception as error:
         raise ValueError(f"{key}: {path} cannot be read as weights ({in_short(error)})") from error
     for name in NESTED:
@@ -38,6 +39,18 @@ def read_weights(key: str, path: str) -> dict[str, Tensor]:
         raise ValueError(f"{key}: {path} holds something other than named tensors")
     require_finite(f"{key}: {path}", state)
     return state
+
+
+def _load_arrays(path: str) -> dict[str, Tensor]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def _load_torch(path: str) -> object:
+    return torch.load(path, "cpu", weights_only=True)
+
+
+READERS = {".safetensors": load_file, ".npz": _load_arrays}
 
 
 def require_finite(what: str, state: dict[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from icf.config import DecoderConfig, LossConfig, ModelConfig, ObjectiveConfig
 from icf.model.audio import OUT as AUDIO_DIM
-from icf.model.audio import VGGish
+from icf.model.audio import sound_encoder
 from icf.model.losses import IGNORE, Losses, class_counts, class_losses, dense_counts, dense_losses
 from icf.model.packing import Packing, background
 from icf.model.pixel_decoder import PixelDecoder
@@ -67,7 +67,7 @@ class Host(nn.Module):
         self.weights = {"bce": loss.bce, "dice": loss.dice, "focal": loss.focal, "ce": 1.0, "mix": MIX}
         self.visual = VisualEncoder(model.visual.name, model.visual.weights if pretrained else "none",
                                     model.visual.freeze_norm)
-        self.audio = VGGish(model.audio.weights if pretrained else "none", model.audio.width, model.audio.train)
+        self.audio = sound_encoder(model.audio, pretrained)
         self.standardise = Standardise(AUDIO_DIM) if model.audio.standardise else None
         dim, audio_dim = model.decoder.dim, self.build(self.visual.channels, model.decoder, model.classes)
         self.objective = None                                               # the last, so that the same seed gives the

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from icf.config import LossConfig, ModelConfig, ObjectiveConfig
 from icf.context import VisualContext
 from icf.model.audio import OUT as AUDIO_DIM
-from icf.model.audio import VGGish
+from icf.model.audio import sound_encoder
 from icf.model.decoder import Decoded, Decoder
 from icf.model.losses import Losses, dense_counts, dense_losses, matched_counts, matched_losses
 from icf.model.packing import Packing, background
@@ -50,7 +50,7 @@ class ICF(nn.Module):
             raise ValueError("loss.preset: combo weighs matched masks; use it with model.decoder.head=mask2former")
         self.visual = VisualEncoder(model.visual.name, model.visual.weights if pretrained else "none",
                                     model.visual.freeze_norm)
-        self.audio = VGGish(model.audio.weights if pretrained else "none", model.audio.width, model.audio.train)
+        self.audio = sound_encoder(model.audio, pretrained)
         self.standardise = Standardise(AUDIO_DIM) if model.audio.standardise else None
         channels = self.visual.channels
         self.context = VisualContext(channels[2:], context.levels, context.dim, context.literal_product)

