@@ -102,7 +102,7 @@ def _model(cfg: Config) -> dict:
     """What was trained, in words."""
     objective = cfg.objective
     parts = [name for name in ("mit", "sc", "cdcl") if getattr(objective, name).enabled]
-    return {"network": cfg.model.network, "encoders": f"{cfg.model.visual.name}, VGGish x {cfg.model.audio.width:g}",
+    return {"network": cfg.model.network, "encoders": f"{cfg.model.visual.name}, {cfg.model.audio.name}",
             "objective": " + ".join(parts).upper() if objective.enabled else "none, the baseline",
             "training seed": cfg.train.seed}
 
