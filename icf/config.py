@@ -141,7 +141,7 @@ class AudioConfig:
         standardise: its features in standard deviations from their running means, before that LayerNorm *(ours; those
             of a random network are alike for all sounds, and some networks that start from nothing never listen)*.
         name: `vggish` *(paper)*, or `yamnet` *(ours)*, whose features a LayerNorm and a linear layer, both learned,
-            bring to VGGish's width: 3 instead of 72 million weights, a hundredth of the work.
+            bring to VGGish's width: 3 instead of 72 million weights, a twelfth of the work.
     """
 
     weights: str = "download"
