@@ -30,9 +30,11 @@ Predictor = Callable[[Batch], Prediction]
 
 
 def model_predictor(model: nn.Module, classes: int, device: torch.device | str) -> Predictor:
-    """Predictions of a model; `classes` is 0 for binary masks. The model is in eval mode during each call only."""
+    """Predictions of a model, without gradient; `classes` is 0 for binary masks. The model is in eval mode during each
+    call only."""
     model = model.to(device)
 
+    @torch.no_grad()
     def predict(batch: Batch) -> Prediction:
         training = model.training
         scores = model.eval()(batch.to(device, non_blocking=True)).float()                   # [B,T,C,H,W]

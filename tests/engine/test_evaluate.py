@@ -16,6 +16,7 @@ from icf.config import Config, DataConfig, EvalConfig
 from icf.data import Clip
 from icf.data.avsbench import class_palette
 from icf.engine.evaluate import evaluate, evaluate_masks, hearing, validate
+from icf.engine.trackers import track_pictures
 
 SIZE, SECONDS, CLIPS, RATE = 32, 3, 7, 16000
 CLASSES = ["background", "disc", "square"]
@@ -189,6 +190,16 @@ def test_validate_gives_the_default_modes_and_leaves_the_model_in_training(squar
     scores = validate(model, squares, cfg)
     results = run(model, tmp_path, cfg)
     assert scores == {key: results[key] for key in ("J", "F", "J&F")} and model.training
+
+
+@pytest.mark.parametrize("subset", ["s4", "avss"])
+def test_pictures_of_training_need_no_gradient(tmp_path, subset):
+    """Classes are chosen in place, which autograd refuses."""
+    data, seen = Squares(tmp_path, subset), []
+    tracker = SimpleNamespace(name="other", log_images=lambda pictures, step: seen.append(pictures))
+    accelerator = SimpleNamespace(trackers=[tracker], is_main_process=True, device="cpu", unwrap_model=lambda x: x)
+    track_pictures(accelerator, Listener(len(CLASSES) if subset == "avss" else 1).train(), data, config(), 3)
+    assert seen[0]["test/clips"].ndim == 4
 
 
 @pytest.mark.parametrize("most", [64, 3])
