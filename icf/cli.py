@@ -180,12 +180,14 @@ def evaluate(args: list[str]) -> None:
 
 def export(args: list[str]) -> None:
     own = argparse.ArgumentParser(prog="icf export", description="Write what inference needs of a run folder or "
-                                  "weights file: no text tower, diffusion, contrast. `predict` and `evaluate` read it.")
+                                  "weights file: no text tower, diffusion, contrast. `predict` reads all but .pt2.")
     own.add_argument("run", type=user_path)
-    own.add_argument("file", type=user_path, help=".safetensors")
+    own.add_argument("file", type=user_path, help="its ending decides: .safetensors, weights; .onnx, for onnxruntime; "
+                     ".pt2, for torch.export.load")
     options = own.parse_args(args)
     from icf.engine.checkpoint import export as run
     run(options.run, options.file)
+    print(f"{options.file}: written; docs/deploy.md says what runs it")
 
 
 def predict(args: list[str]) -> None:

@@ -83,6 +83,9 @@ def read_notes(source: Path) -> dict:
         FileNotFoundError: there is no such file. ValueError: it is not one of icf's.
     """
     path = find_weights(source)
+    if path.suffix == ".onnx":
+        from icf.engine.deploy import OnnxModel
+        return OnnxModel(path).notes
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -134,16 +137,30 @@ def load_model(source: Path, device: str | torch.device = "cpu") -> tuple[nn.Mod
     from icf.model.build import build_model
 
     cfg = read_config(source)
+    if Path(source).suffix == ".onnx":
+        from icf.engine.deploy import OnnxModel
+        return OnnxModel(Path(source)).eval(), cfg
     model = build_model(cfg, pretrained=False, inference=True)
     load_weights(model, source)
     return model.to(device).eval(), cfg
 
 
 def export(source: Path, path: Path) -> None:
-    """Write what inference needs of a weights file or run folder: no text tower, diffusion or contrast."""
+    """Write what inference needs of a weights file or run folder, without text tower, diffusion or contrast: by the
+    ending weights (`.safetensors`), or a model that runs without this package (`.onnx`, `.pt2`).
+
+    Raises:
+        ValueError: another ending, or what writes ONNX is not installed.
+    """
+    if path.suffix not in (".safetensors", ".onnx", ".pt2"):
+        raise ValueError(f"file: expected one that ends in .safetensors, .onnx or .pt2, got {path.name!r}")
     model, cfg = load_model(source)
     notes = {name: value for name, value in read_notes(source).items() if name not in ("version", "config")}
-    save_weights(path, model.state_dict(), cfg, **notes)
+    if path.suffix == ".safetensors":
+        save_weights(path, model.state_dict(), cfg, **notes)
+    else:
+        from icf.engine.deploy import export_model
+        export_model(model, cfg, path, notes)
 
 
 def states(run: Path) -> list[Path]:

@@ -79,7 +79,7 @@ class Decoder(nn.Module):
             supervised: [M] places among the N of the frames whose masks are wanted, with the foreground of all, which
                 takes no gradient. None: masks of all, no foreground.
         """
-        queries, own = self.queries.expand(len(pixels), -1, -1), None       # [N, Q, C]
+        queries, own = self.queries.expand(pixels.shape[0], -1, -1), None       # [N, Q, C]
         if self.hear:
             audio = self.audio(audio)                                       # [B, T, C]
             own = audio.flatten(0, 1)[frames, None]                         # [N, 1, C]
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         wanted = queries[supervised], [x[supervised] for x in levels], pixels[supervised]
         masks, classes = self._masks(*wanted, all_heads)
         with torch.no_grad():
-            if len(supervised) == len(pixels):
+            if supervised.shape[0] == pixels.shape[0]:
                 foreground = self._foreground(masks[-1:], classes)
             else:                                                           # the frames between, in one cheap pass
                 foreground = self._foreground(*self._masks(queries, levels, pixels, False))
@@ -170,9 +170,10 @@ class Fusion(nn.Module):
         if not self.clip_keys:
             return own, torch.zeros_like(frames), None
         steps = audio.shape[1]
-        clip, place = frames // steps, frames % steps
+        clip = frames // steps
+        place = frames - clip * steps                                       # %, which ONNX has of constants only
         marked = (place[:, None] == torch.arange(steps, device=place.device))[..., None] * self.mark
-        keys = torch.cat([audio[clip] + marked, self.null.to(audio.dtype).expand(len(frames), 1, -1)], 1)
+        keys = torch.cat([audio[clip] + marked, self.null.to(audio.dtype).expand(frames.shape[0], 1, -1)], 1)
         return keys, place, None if frame_mask is None else F.pad(~frame_mask[clip], (0, 1))
 
 

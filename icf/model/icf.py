@@ -159,8 +159,11 @@ class ICF(nn.Module):
         if self.dense:
             return _enlarge(masks, size)
         classes = decoded.classes[-1].float().softmax(-1)[..., :-1]         # [M, Q, K]
-        scores = torch.stack([torch.einsum("qk,qhw->khw", p, _enlarge(m[None], size)[0].sigmoid())
-                              for p, m in zip(classes, masks, strict=True)])  # frame by frame: Q maps of full size
+        if torch.compiler.is_exporting():                                   # of any number of frames
+            scores = torch.einsum("nqk,nqhw->nkhw", classes, _enlarge(masks, size).sigmoid())
+        else:                                                               # frame by frame: Q maps of full size
+            scores = torch.stack([torch.einsum("qk,qhw->khw", p, _enlarge(m[None], size)[0].sigmoid())
+                                  for p, m in zip(classes, masks, strict=True)])
         return torch.logit(scores, eps=1e-6) if self.classes == 1 else scores
 
 

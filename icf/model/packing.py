@@ -18,7 +18,7 @@ class Packing:
 
     def __init__(self, real: Tensor, frame_mask: Tensor):
         self.shape, self.real = frame_mask.shape, real
-        self.mask = None if len(real) == frame_mask.numel() else frame_mask
+        self.mask = None if real.shape[0] == frame_mask.numel() else frame_mask
 
     def pack(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1) if self.mask is None else x.flatten(0, 1)[self.real]
